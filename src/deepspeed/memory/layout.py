@@ -1,0 +1,180 @@
+"""The flat layout: parameters laid end to end in buckets, each bucket cut into equal slices, one per shard.
+
+The nouns, as every room uses them:
+
+- *parameter*: a named tensor of the model, known here by its name, shape, dtype name and optimizer group.
+- *bucket*: parameters of one group and dtype, end to end, each start aligned, the end padded so that the
+  bucket divides evenly. A bucket is the unit of communication and of the optimizer's stream.
+- *slice*: the contiguous part of a bucket that one shard (rank) owns; all slices have the same size.
+- *placement*: where in its bucket a parameter lies.
+- *fragment*: the intersection of a parameter with a slice.
+
+Pure arithmetic, all in elements: no tensors, no processes. Buckets, optimizer shards, checkpoint fragments and
+estimates derive from it; none of them computes an offset of its own.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+ALIGNMENT = 32
+"""Elements to which each parameter's start is aligned: 64 bytes at 16 bits, as torch's own CPU allocations are."""
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """A parameter as the layout sees it. ``group`` is the index of its optimizer parameter group."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    group: int = 0
+
+    @property
+    def numel(self) -> int:
+        """Number of elements (1 for a 0-dim parameter, 0 for an empty one)."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Parameter ``spec`` occupies elements ``[start, stop)`` of its bucket."""
+
+    spec: ParameterSpec
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """One past the parameter's last element in the bucket."""
+        return self.start + self.spec.numel
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements ``[parameter_start, parameter_start + numel)`` of a flattened parameter, found at ``slice_start``
+    of the slice that holds them."""
+
+    spec: ParameterSpec
+    parameter_start: int
+    slice_start: int
+    numel: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether the fragment is the entire parameter."""
+        return self.numel == self.spec.numel
+
+    @property
+    def slice_range(self) -> slice:
+        """The fragment's elements within its slice, as an index."""
+        return slice(self.slice_start, self.slice_start + self.numel)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters of one group and dtype, end to end, ``numel`` elements in all, padding included."""
+
+    index: int
+    group: int
+    dtype: str
+    placements: tuple[Placement, ...]
+    numel: int
+    shards: int
+
+    @property
+    def slice_numel(self) -> int:
+        """Elements of one shard's slice."""
+        return self.numel // self.shards
+
+    def slice_range(self, shard: int) -> slice:
+        """The elements of the bucket that ``shard`` owns, as an index."""
+        return slice(shard * self.slice_numel, (shard + 1) * self.slice_numel)
+
+    @cached_property
+    def gaps(self) -> tuple[slice, ...]:
+        """The elements that belong to no parameter: alignment and padding. They stay zero."""
+        edges = [0]
+        for placement in self.placements:
+            edges += [placement.start, placement.stop]
+        edges.append(self.numel)
+        pairs = zip(edges[::2], edges[1::2], strict=True)
+        return tuple(slice(start, stop) for start, stop in pairs if stop > start)
+
+    def fragments(self, shard: int) -> tuple[Fragment, ...]:
+        """The fragments of which ``shard``'s slice is made, in order. Empty parameters have none."""
+        owned = self.slice_range(shard)
+        first = max(0, bisect_right(self.placements, owned.start, key=lambda placement: placement.start) - 1)
+        found = []
+        for placement in self.placements[first:]:
+            if placement.start >= owned.stop:
+                break
+            start, stop = max(placement.start, owned.start), min(placement.stop, owned.stop)
+            if stop > start:
+                found.append(Fragment(placement.spec, start - placement.start, start - owned.start, stop - start))
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """All trainable parameters in buckets, in the order in which the buckets are communicated."""
+
+    buckets: tuple[Bucket, ...]
+    shards: int
+
+    @staticmethod
+    def build(parameters: Iterable[ParameterSpec], *, shards: int, bucket_numel: int) -> FlatLayout:
+        """Lay out ``parameters`` (in registration order) for ``shards`` ranks.
+
+        Buckets fill in reverse registration order, which is about the order in which backward produces gradients,
+        and close before they would exceed ``bucket_numel`` elements; a larger parameter has a bucket of its own.
+        A bucket holds parameters of one optimizer group and one dtype.
+        """
+        if shards < 1:
+            raise ValueError(f"a layout needs at least one shard, got {shards}")
+        filling: dict[tuple[int, str], list[Placement]] = {}
+        closed: list[list[Placement]] = []
+        for spec in reversed(list(parameters)):
+            key = (spec.group, spec.dtype)
+            placements = filling.setdefault(key, [])
+            start = _aligned(placements[-1].stop, ALIGNMENT) if placements else 0
+            if placements and start + spec.numel > bucket_numel:
+                closed.append(placements)
+                placements = filling[key] = []
+                start = 0
+            placements.append(Placement(spec, start))
+        closed += filling.values()
+        return FlatLayout(tuple(_close(index, placements, shards) for index, placements in enumerate(closed)), shards)
+
+    @cached_property
+    def homes(self) -> Mapping[str, tuple[Bucket, Placement]]:
+        """For each parameter's name, its bucket and its place there."""
+        return {p.spec.name: (bucket, p) for bucket in self.buckets for p in bucket.placements}
+
+    @property
+    def numel(self) -> int:
+        """Elements of all buckets, padding included."""
+        return sum(bucket.numel for bucket in self.buckets)
+
+    @property
+    def slice_numel(self) -> int:
+        """Elements that one shard owns, padding included."""
+        return sum(bucket.slice_numel for bucket in self.buckets)
+
+    @property
+    def parameter_numel(self) -> int:
+        """Elements of all parameters, without padding."""
+        return sum(p.spec.numel for bucket in self.buckets for p in bucket.placements)
+
+
+def _aligned(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment
+
+
+def _close(index: int, placements: list[Placement], shards: int) -> Bucket:
+    spec = placements[0].spec
+    numel = _aligned(placements[-1].stop, ALIGNMENT * shards)
+    return Bucket(index, spec.group, spec.dtype, tuple(placements), numel, shards)

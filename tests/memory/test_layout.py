@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepspeed.memory.layout import ALIGNMENT, FlatLayout, ParameterSpec
+
+shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
+models = st.lists(st.tuples(shapes, st.sampled_from(["float32", "bfloat16"]), st.integers(0, 2)), max_size=12).map(
+    lambda rows: [ParameterSpec(f"p{i}", shape, dtype, group) for i, (shape, dtype, group) in enumerate(rows)]
+)
+
+
+@given(models, st.integers(1, 5), st.integers(0, 400))
+def test_every_element_of_every_parameter_lies_in_exactly_one_slice(specs, shards, bucket_numel):
+    layout = FlatLayout.build(specs, shards=shards, bucket_numel=bucket_numel)
+    covered = {spec.name: [0] * spec.numel for spec in specs}
+    for bucket in layout.buckets:
+        for shard in range(shards):
+            for fragment in bucket.fragments(shard):
+                for i in range(fragment.parameter_start, fragment.parameter_start + fragment.numel):
+                    covered[fragment.spec.name][i] += 1
+    assert all(count == 1 for counts in covered.values() for count in counts)
+
+
+@given(models, st.integers(1, 5), st.integers(0, 400))
+def test_fragments_lie_where_the_placement_says(specs, shards, bucket_numel):
+    layout = FlatLayout.build(specs, shards=shards, bucket_numel=bucket_numel)
+    for bucket in layout.buckets:
+        for shard in range(shards):
+            for fragment in bucket.fragments(shard):
+                home, placement = layout.homes[fragment.spec.name]
+                assert home is bucket
+                in_bucket = bucket.slice_range(shard).start + fragment.slice_start
+                assert in_bucket == placement.start + fragment.parameter_start
+
+
+@given(models, st.integers(1, 5), st.integers(0, 400))
+def test_buckets_are_uniform_aligned_bounded_and_gaps_are_the_rest(specs, shards, bucket_numel):
+    layout = FlatLayout.build(specs, shards=shards, bucket_numel=bucket_numel)
+    assert sorted(layout.homes) == sorted(spec.name for spec in specs)
+    for bucket in layout.buckets:
+        assert bucket.numel % (shards * ALIGNMENT) == 0
+        assert {(p.spec.group, p.spec.dtype) for p in bucket.placements} == {(bucket.group, bucket.dtype)}
+        assert all(p.start % ALIGNMENT == 0 for p in bucket.placements)
+        assert len(bucket.placements) == 1 or bucket.placements[-1].stop <= bucket_numel
+        inside = sum(p.spec.numel for p in bucket.placements)
+        assert inside + sum(gap.stop - gap.start for gap in bucket.gaps) == bucket.numel
+    assert layout.numel == shards * layout.slice_numel
+    assert layout.parameter_numel == sum(spec.numel for spec in specs)
+
+
+def test_buckets_come_in_the_order_of_backward():
+    specs = [ParameterSpec(name, (40,), "float32") for name in "abc"]
+    layout = FlatLayout.build(specs, shards=2, bucket_numel=64)
+    assert [[p.spec.name for p in bucket.placements] for bucket in layout.buckets] == [["c"], ["b"], ["a"]]
+
+
+def test_a_layout_for_no_shards_is_refused():
+    with pytest.raises(ValueError, match="at least one shard, got 0"):
+        FlatLayout.build([], shards=0, bucket_numel=1)
