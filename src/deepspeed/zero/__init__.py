@@ -1,0 +1,1 @@
+"""ZeRO: parameters, gradients and optimizer states sharded over data-parallel ranks."""

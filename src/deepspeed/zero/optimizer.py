@@ -1,0 +1,264 @@
+"""The sharded optimizer: one step over this rank's slices, streamed bucket by bucket.
+
+The step, in order:
+
+1. all ranks agree on the gradients' norm and on whether they are finite (:mod:`.summary`);
+2. a non-finite gradient skips the step and is reported, with the parameter; the loss scale adapts;
+3. unscaling and clipping become one factor, folded into the optimizer's own pass over memory;
+4. bucket by bucket: the inner optimizer steps the slice, and the bucket's all-gather starts while the next one steps.
+
+The inner ``torch.optim`` optimizer holds the flat slices in place of the model's parameters.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..comm.communicator import Communicator, Pending
+from ..memory.layout import Bucket
+from ..optim.loss_scaling import LossScaler
+from ..optim.sharding import FlatShard, ShardUpdate, make_stepper
+from .parameters import FlatParameters
+from .policy import ZeroPolicy
+from .reducer import GradientReducer
+from .summary import GradientSummary, summarize
+
+logger = logging.getLogger("DeepSpeed")
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What the last step did. ``norm`` is the global gradient norm before clipping, with the loss scale taken out."""
+
+    norm: float
+    skipped: bool
+
+
+class DeepSpeedOptimizer(torch.optim.Optimizer):
+    """The type by which integrations recognize an optimizer of this package."""
+
+
+class ShardedOptimizer(DeepSpeedOptimizer):
+    """A torch optimizer whose states, and as the policy says gradients, are sharded over ranks.
+
+    ``param_groups``, ``state`` and ``defaults`` are the inner optimizer's, live: schedulers built on either one act on
+    both.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        flat: FlatParameters,
+        reducer: GradientReducer,
+        *,
+        scaler: LossScaler,
+        clip: float,
+        overlap: bool,
+    ):
+        self.optimizer = optimizer
+        self.flat = flat
+        self.reducer = reducer
+        self.scaler = scaler
+        self.clip = clip
+        self.outcome: StepOutcome | None = None
+        self._overlap = overlap
+        self._steps = 0
+        self._names = tuple(flat.layout.homes)
+        self.shards = tuple(
+            FlatShard(flat.masters[bucket.index], bucket, flat.shard) for bucket in flat.layout.buckets
+        )
+        for index, group in enumerate(optimizer.param_groups):
+            group["params"] = [shard.tensor for shard in self.shards if shard.bucket.group == index]
+        self._stepper = make_stepper(optimizer, self.shards, reducer.communicator)
+
+    # -- the inner optimizer's face; class-level so that wrappers without our __dict__ keep it -----------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The inner optimizer's parameter groups; their ``params`` are flat slices."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The inner optimizer's state, by slice."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The inner optimizer's defaults."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
+    @property
+    def overflow(self) -> bool:
+        """Whether the last step was skipped because of a non-finite gradient."""
+        return self.outcome is not None and self.outcome.skipped
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor by which losses are multiplied before backward."""
+        return self.scaler.scale
+
+    @property
+    def communicator(self) -> Communicator:
+        """The data-parallel ranks over which this optimizer is sharded."""
+        return self.reducer.communicator
+
+    @property
+    def policy(self) -> ZeroPolicy:
+        """What is sharded."""
+        return self.reducer.policy
+
+    @property
+    def single_partition_of_fp32_groups(self) -> list[Tensor]:
+        """This rank's fp32 slices, in bucket order."""
+        return [shard.tensor for shard in self.shards]
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update the parameters from the gradients that backward left, and forget the gradients.
+
+        Raises ValueError for a closure: the gradients are already reduced when a step begins.
+        """
+        if closure is not None:
+            raise ValueError("a sharded optimizer steps on reduced gradients and cannot re-evaluate a closure")
+        summary = self._agree()
+        norm = summary.norm / self.scaler.scale
+        self._steps += 1
+        self.outcome = StepOutcome(norm, skipped=not summary.finite)
+        if summary.finite:
+            self._update(summary, self._clip_factor(norm) / self.scaler.scale)
+        else:
+            self._report_non_finite()
+        self.reducer.clear()
+        self.scaler.update(not summary.finite)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients."""
+        self.reducer.clear()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the slices are laid out once, at ``initialize``."""
+        raise RuntimeError(
+            "parameter groups cannot be added to a sharded optimizer; pass all groups to deepspeed.initialize"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part: the inner optimizer's state, the fp32 slices, the loss scaler. To load it again, world
+        size and stage must be the same; ``save_checkpoint`` has no such limit."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "fp32_flat_groups": [shard.tensor.clone() for shard in self.shards],
+            "scaler": self.scaler.state_dict(),
+            "zero_stage": self.policy.stage,
+            "partition_count": self.flat.layout.shards,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` of the same rank, world size and stage returned."""
+        theirs, ours = state_dict["partition_count"], self.flat.layout.shards
+        if theirs != ours:
+            raise ValueError(
+                f"this optimizer state is one of {theirs} slices, the engine has {ours}: use load_checkpoint, which reshapes"
+            )
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        for shard, saved in zip(self.shards, state_dict["fp32_flat_groups"], strict=True):
+            shard.tensor.copy_(saved)
+        self.scaler.load_state_dict(state_dict["scaler"])
+        self.flat.parameters_from_masters(self.communicator, sharded=self.policy.shard_optimizer)
+
+    def close(self) -> None:
+        """Take the hooks off the model and free gradients and optimizer states."""
+        self.reducer.close()
+        self.optimizer.state.clear()
+        self.shards = ()
+
+    # -- steps of the step -------------------------------------------------------------------------------------------
+
+    def _agree(self) -> GradientSummary:
+        self.reducer.ensure_reduced()
+        summary = self._summarize()
+        if any(summary.late):
+            self.reducer.reduce_late(summary.late)
+            summary = self._summarize()
+        return summary
+
+    def _summarize(self) -> GradientSummary:
+        return summarize(
+            (gradient for _, gradient in self.reducer.gradients()),
+            late=self.reducer.late(),
+            used=[name in self.reducer.used for name in self._names],
+            counts=self.policy.shard_optimizer or self.communicator.rank == 0,
+            communicator=self.communicator,
+            device=self.flat.masters[0].device,
+        )
+
+    def _clip_factor(self, norm: float) -> float:
+        """As ``torch.nn.utils.clip_grad_norm_``: 1 where the norm is within the limit or no limit is set."""
+        return min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
+
+    def _update(self, summary: GradientSummary, gradient_scale: float) -> None:
+        unused = {name for name, used in zip(self._names, summary.used, strict=True) if not used}
+        updates = [self._shard_update(shard, gradient, unused) for shard, (_, gradient) in self._gradients()]
+        gathers: list[Pending] = []
+
+        def gather(shard: FlatShard) -> None:
+            if self.policy.shard_optimizer:
+                gathers.append(self.communicator.all_gather(self.flat.buffers[shard.bucket.index]))
+                if not self._overlap:
+                    gathers.pop().wait()
+
+        self._stepper.step(updates, gradient_scale=gradient_scale, finished=gather)
+        for pending in gathers:
+            pending.wait()
+
+    def _gradients(self) -> Iterable[tuple[FlatShard, tuple[Bucket, Tensor]]]:
+        return zip(self.shards, self.reducer.gradients(), strict=True)
+
+    def _shard_update(self, shard: FlatShard, gradient: Tensor, unused: set[str]) -> ShardUpdate:
+        separate = self.flat.has_separate_master(shard.bucket)
+        untouched = tuple(f.slice_range for f in shard.fragments if f.spec.name in unused) if unused else ()
+        return ShardUpdate(
+            shard=shard,
+            gradient=gradient,
+            out=self.flat.own_slice(shard.bucket) if separate else None,
+            untouched=untouched,
+        )
+
+    def _report_non_finite(self) -> None:
+        """Name the parameters whose reduced gradient is not finite in this rank's slices."""
+        found = [
+            fragment.spec.name
+            for shard, (_, gradient) in self._gradients()
+            for fragment in shard.fragments
+            if not math.isfinite(gradient[fragment.slice_range].float().sum().item())
+        ]
+        if found or self.communicator.rank == 0:
+            where = f" in {', '.join(found[:5])}{' and others' if len(found) > 5 else ''}" if found else ""
+            logger.warning(
+                "step %d skipped: non-finite gradient%s (rank %d, loss scale %g)",
+                self._steps,
+                where,
+                self.communicator.rank,
+                self.scaler.scale,
+            )

@@ -1,0 +1,311 @@
+"""Gradient reduction: from each parameter's gradient, as backward produces it, to this shard's slice of the mean.
+
+The sequence of one backward:
+
+1. ``begin(reduce=...)`` says whether this backward ends with reduced gradients.
+2. As each parameter's gradient is ready, a hook moves it to its place in its bucket's *landing* buffer (adding to what
+   earlier backwards left there) and frees it.
+3. With ``reduce``, a bucket whose parameters have all arrived is *launched*: its landing buffer is handed to one
+   collective. Buckets launch in layout order on every rank, so that collectives match whatever order autograd took.
+4. ``finish()`` launches the buckets that some parameter did not reach (its part is zero) and waits for all.
+
+When a reduction runs and what is kept of it is the policy's matter: with whole gradients (stages 0, 1) only the last
+backward of a step reduces, and the buffer stays; with sharded gradients (stage 2) every backward does, the slice adds
+to ``gradient``, and the buffer goes back to the pool at once.
+
+A gradient that arrives after its bucket was launched (re-entrant checkpointing of a shared parameter) lands in a fresh
+buffer. It counts in the next reduction of its bucket; the optimizer asks for one more before it steps (``reduce_late``).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..comm.communicator import Communicator, Pending
+from ..memory.layout import Bucket, FlatLayout, Placement
+from ..memory.pool import BufferPool
+from .policy import ZeroPolicy
+
+MAXIMUM_IN_FLIGHT = 2
+"""Buckets whose reduction may be under way at once; it bounds the transient memory."""
+
+
+@dataclass(frozen=True)
+class ReductionSettings:
+    """How gradients are reduced.
+
+    ``divide_before`` and ``divide_after`` are the divisors applied as a gradient enters its bucket and to the reduced
+    sum; their product is the number of ranks. ``communication_dtype`` None means the bucket's own. ``kept_dtype`` is
+    the dtype in which gradients accumulate, None the model's own.
+    """
+
+    divide_before: float = 1.0
+    divide_after: float = 1.0
+    communication_dtype: torch.dtype | None = None
+    kept_dtype: torch.dtype | None = None
+    overlap: bool = True
+    reduce_scatter: bool = True
+
+
+@dataclass
+class _BucketGradient:
+    """The gradient of one bucket on its way."""
+
+    bucket: Bucket
+    landing: Tensor | None = None
+    written: set[str] = field(default_factory=set)
+    arrived: set[str] = field(default_factory=set)
+    launched: bool = False
+    gradient: Tensor | None = None
+    kept: Tensor | None = None
+
+    @property
+    def complete(self) -> bool:
+        return len(self.arrived) == len(self.bucket.placements)
+
+
+class GradientReducer:
+    """Collects and reduces the gradients of ``parameters``, laid out by ``layout``."""
+
+    def __init__(
+        self,
+        layout: FlatLayout,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        policy: ZeroPolicy,
+        communicator: Communicator,
+        settings: ReductionSettings,
+    ):
+        self.policy = policy
+        self.communicator = communicator
+        self.settings = settings
+        self.used: set[str] = set()
+        self._parameters = parameters
+        self._buckets = [_BucketGradient(bucket) for bucket in layout.buckets]
+        self._pools: dict[tuple[torch.dtype, torch.device], BufferPool] = {}
+        self._in_flight: deque[tuple[_BucketGradient, Tensor, Pending]] = deque()
+        self._next = 0
+        self._reducing = False
+        self._reduced = False
+        self._hooks = [
+            parameters[placement.spec.name].register_post_accumulate_grad_hook(self._arrival(state, placement))
+            for state in self._buckets
+            for placement in state.bucket.placements
+        ]
+
+    def begin(self, *, reduce: bool) -> None:
+        """Open a backward. ``reduce`` False leaves its gradients in the landing buffers, as they are on this rank."""
+        self._complete_in_flight(0)
+        for state in self._buckets:
+            state.arrived.clear()
+        self._next = 0
+        self._reducing = reduce
+
+    def finish(self) -> None:
+        """Close a backward: with ``reduce``, every bucket is reduced when this returns."""
+        if not self._reducing:
+            return
+        self._launch_until(len(self._buckets))
+        self._complete_in_flight(0)
+        self._reducing = False
+        self._reduced = True
+        for pool in self._pools.values():
+            pool.release()
+
+    def ensure_reduced(self) -> None:
+        """Reduce what backwards outside ``begin`` and ``finish`` left, if no reduction has happened since ``clear``."""
+        if not self._reduced:
+            self.begin(reduce=True)
+            self.finish()
+
+    def late(self) -> list[bool]:
+        """For each bucket, whether a gradient arrived after its reduction."""
+        return [state.landing is not None for state in self._buckets]
+
+    def reduce_late(self, buckets: Sequence[bool]) -> None:
+        """Reduce the marked buckets once more. All ranks must mark the same ones."""
+        for state, marked in zip(self._buckets, buckets, strict=True):
+            if marked:
+                self._launch(state)
+                self._complete_in_flight(0)
+
+    def gradients(self) -> Iterator[tuple[Bucket, Tensor]]:
+        """Each bucket with the reduced gradient of this shard's slice, as a 1-D tensor. After ``finish`` only."""
+        for state in self._buckets:
+            assert state.gradient is not None, "gradients() is called after finish()"
+            yield state.bucket, state.gradient
+
+    def gradient(self, bucket: Bucket) -> Tensor | None:
+        """The reduced gradient of this shard's slice of ``bucket``, None before the first reduction of a step."""
+        return self._buckets[bucket.index].gradient
+
+    def whole_gradient(self, bucket: Bucket) -> Tensor | None:
+        """The whole reduced gradient of ``bucket`` where every rank keeps it, None elsewhere."""
+        return None if self.policy.shard_optimizer else self._buckets[bucket.index].gradient
+
+    def clear(self) -> None:
+        """Forget all gradients. Whole buffers stay allocated for the next step, and so do the sums of slices."""
+        self._complete_in_flight(0)
+        for state in self._buckets:
+            state.landing = None
+            state.gradient = None
+            state.launched = False
+            state.written.clear()
+            state.arrived.clear()
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        self.used.clear()
+        self._reducing = self._reduced = False
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Every gradient buffer that is allocated now, for accounting."""
+        for state in self._buckets:
+            yield from (tensor for tensor in (state.kept, state.landing) if tensor is not None)
+
+    def close(self) -> None:
+        """Take the hooks off the parameters and drop all buffers."""
+        for hook in self._hooks:
+            hook.remove()
+        self.clear()
+        self._hooks.clear()
+        self._pools.clear()
+        self._buckets.clear()
+
+    # -- arrival -------------------------------------------------------------------------------------------------
+
+    def _arrival(self, state: _BucketGradient, placement: Placement) -> Callable[[Tensor], None]:
+        def arrive(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None, "autograd calls this hook with a gradient in place"
+            self._land(state, placement, gradient)
+            if self._reducing and state.complete and state.bucket.index == self._next:
+                self._launch_until(self._first_incomplete())
+
+        return arrive
+
+    def _land(self, state: _BucketGradient, placement: Placement, gradient: Tensor) -> None:
+        name = placement.spec.name
+        if state.landing is None:
+            state.landing = self._new_landing(state)
+            state.written.clear()
+        slot = state.landing[placement.start : placement.stop].view(placement.spec.shape)
+        factor = 1.0 / self.settings.divide_before
+        if name in state.written:
+            slot.add_(gradient, alpha=factor)
+        elif gradient.is_sparse:
+            slot.zero_().add_(gradient, alpha=factor)
+        elif gradient.dtype == slot.dtype and factor != 1.0:
+            torch.mul(gradient, factor, out=slot)
+        else:
+            slot.copy_(gradient)
+            if factor != 1.0:
+                slot.mul_(factor)
+        state.written.add(name)
+        state.arrived.add(name)
+        self.used.add(name)
+
+    def _new_landing(self, state: _BucketGradient) -> Tensor:
+        if self.policy.shard_gradients or state.launched:
+            return self._pool(state).take(state.bucket.numel)
+        if state.kept is None:
+            state.kept = self._allocate(state, state.bucket.numel)
+        return state.kept
+
+    def _pool(self, state: _BucketGradient) -> BufferPool:
+        dtype, device = self._model_dtype(state), self._device(state)
+        if (dtype, device) not in self._pools:
+            largest = max(other.bucket.numel for other in self._buckets)
+            self._pools[dtype, device] = BufferPool(largest, dtype=dtype, device=device)
+        return self._pools[dtype, device]
+
+    # -- reduction -----------------------------------------------------------------------------------------------
+
+    def _first_incomplete(self) -> int:
+        index = self._next
+        while index < len(self._buckets) and self._buckets[index].complete:
+            index += 1
+        return index
+
+    def _launch_until(self, stop: int) -> None:
+        while self._next < stop:
+            state = self._buckets[self._next]
+            self._next += 1
+            self._launch(state)
+
+    def _launch(self, state: _BucketGradient) -> None:
+        landing = state.landing if state.landing is not None else self._new_landing(state)
+        written = state.written if state.landing is not None else set()
+        for placement in state.bucket.placements:
+            if placement.spec.name not in written:
+                landing[placement.start : placement.stop].zero_()
+        for gap in state.bucket.gaps:
+            landing[gap].zero_()
+        state.landing = None
+        state.written = set()
+        state.launched = True
+        self._complete_in_flight(MAXIMUM_IN_FLIGHT - 1 if self.settings.overlap else 0)
+        sent = landing
+        if self.settings.communication_dtype is not None and landing.dtype != self.settings.communication_dtype:
+            sent = landing.to(self.settings.communication_dtype)
+        scale = 1.0 / self.settings.divide_after
+        if self.policy.shard_optimizer and self.settings.reduce_scatter:
+            operation = self.communicator.reduce_scatter(sent, scale=scale)
+        else:
+            operation = self.communicator.all_reduce(sent, scale=scale)
+        self._in_flight.append((state, landing, _Converted(operation, sent, landing)))
+        if not self.settings.overlap:
+            self._complete_in_flight(0)
+
+    def _complete_in_flight(self, remaining: int) -> None:
+        while len(self._in_flight) > remaining:
+            state, buffer, operation = self._in_flight.popleft()
+            operation.wait()
+            self._keep(state, buffer)
+
+    def _keep(self, state: _BucketGradient, buffer: Tensor) -> None:
+        """Put a reduced buffer's own part where the optimizer reads it."""
+        own = buffer[state.bucket.slice_range(self._shard)]
+        if state.gradient is not None:
+            state.gradient.add_(own)
+        elif self.policy.shard_gradients:
+            if state.kept is None:
+                state.kept = self._allocate(state, state.bucket.slice_numel)
+            state.gradient = state.kept.copy_(own)
+        else:
+            state.gradient = own
+        if buffer is not state.kept:
+            self._pool(state).give_back(buffer)
+
+    @property
+    def _shard(self) -> int:
+        return self.communicator.rank if self.policy.shard_optimizer else 0
+
+    def _allocate(self, state: _BucketGradient, numel: int) -> Tensor:
+        dtype = self.settings.kept_dtype or self._model_dtype(state)
+        return torch.empty(numel, dtype=dtype, device=self._device(state))
+
+    def _model_dtype(self, state: _BucketGradient) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, state.bucket.dtype)
+        return dtype
+
+    def _device(self, state: _BucketGradient) -> torch.device:
+        return self._parameters[state.bucket.placements[0].spec.name].device
+
+
+class _Converted:
+    """A reduction of ``sent`` whose result belongs in ``landing``."""
+
+    def __init__(self, operation: Pending, sent: Tensor, landing: Tensor):
+        self._operation = operation
+        self._sent = sent
+        self._landing = landing
+
+    def wait(self) -> None:
+        self._operation.wait()
+        if self._sent is not self._landing:
+            self._landing.copy_(self._sent)

@@ -1,0 +1,63 @@
+"""What all ranks must agree on before a step: one small all-gather at the accumulation boundary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..comm.communicator import Communicator
+
+
+@dataclass(frozen=True)
+class GradientSummary:
+    """The reduced gradients, seen from all ranks: their norm, whether they are finite, and the parameters and buckets
+    that need care."""
+
+    squared_norm: float
+    finite: bool
+    late: tuple[bool, ...]
+    used: tuple[bool, ...]
+
+    @property
+    def norm(self) -> float:
+        """The 2-norm over all parameters."""
+        return math.sqrt(self.squared_norm) if self.squared_norm >= 0 else math.nan
+
+
+def summarize(
+    gradients: Iterable[Tensor],
+    *,
+    late: Sequence[bool],
+    used: Sequence[bool],
+    counts: bool,
+    communicator: Communicator,
+    device: torch.device,
+) -> GradientSummary:
+    """Combine every rank's view of the gradients.
+
+    ``gradients`` are this rank's slices; they enter the norm where ``counts`` (with whole gradients on every rank only
+    one rank counts). ``late`` has one flag per bucket, ``used`` one per parameter. Sums run in rank order in fp64, so
+    all ranks get the same bits.
+    """
+    squared, finite = 0.0, True
+    if counts:
+        for gradient in gradients:
+            part, part_finite = native.squared_norm(gradient)
+            squared += part
+            finite = finite and part_finite
+    flags = [float(flag) for flag in (not finite, *late, *used)]
+    # A sum with an infinity or NaN would spread to the flags of nobody: they are separate elements.
+    mine = torch.tensor([squared, *flags], dtype=torch.float64)
+    total = communicator.sum_in_rank_order(mine.to(device)).tolist()
+    seen = [value > 0 for value in total[1:]]
+    return GradientSummary(
+        squared_norm=total[0],
+        finite=not seen[0],
+        late=tuple(seen[1 : 1 + len(late)]),
+        used=tuple(seen[1 + len(late) :]),
+    )
