@@ -1,0 +1,1 @@
+"""Checkpoints: fragments of named parameters' flat ranges, in safetensors, with one JSON index."""

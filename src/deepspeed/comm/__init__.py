@@ -1,0 +1,56 @@
+"""Process groups and collectives: torch.distributed where it serves, and communicators over flat buffers."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import (
+    all_gather,
+    all_reduce,
+    barrier,
+    broadcast,
+    get_rank,
+    get_world_size,
+    is_initialized,
+    new_group,
+)
+
+__all__ = [
+    "all_gather",
+    "all_reduce",
+    "barrier",
+    "broadcast",
+    "get_rank",
+    "get_world_size",
+    "init_distributed",
+    "is_initialized",
+    "new_group",
+]
+
+
+def init_distributed(
+    dist_backend: str | None = None,
+    auto_mpi_discovery: bool = True,
+    distributed_port: int = 29500,
+    verbose: bool = True,
+    timeout: timedelta = timedelta(minutes=30),
+    init_method: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """Make the default process group, unless there is one.
+
+    Ranks come from the launcher's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without it the process is
+    the only rank. ``dist_backend`` None is nccl where there are CUDA devices, gloo elsewhere.
+    """
+    if dist.is_initialized():
+        return
+    backend = dist_backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    if "RANK" not in os.environ and init_method is None:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    os.environ.setdefault("MASTER_PORT", str(distributed_port))
+    dist.init_process_group(backend, init_method=init_method, timeout=timeout, **kwargs)

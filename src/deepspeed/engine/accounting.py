@@ -1,0 +1,33 @@
+"""Model-state bytes, measured from the storages that live now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from ..memory.estimate import ModelStateBytes
+from ..zero.optimizer import ShardedOptimizer
+
+
+def measure_model_states(module: nn.Module, optimizer: ShardedOptimizer | None) -> ModelStateBytes:
+    """Bytes of parameters, gradients, fp32 masters and optimizer states on this rank; each storage counts once."""
+    seen: set[int] = set()
+    parameters = _bytes(module.parameters(), seen)
+    if optimizer is None:
+        return ModelStateBytes(parameters=parameters, gradients=0, master=0, optimizer=0)
+    gradients = _bytes(optimizer.reducer.buffers(), seen)
+    gradients += _bytes((p.grad for p in module.parameters() if p.grad is not None), seen)
+    master = _bytes(optimizer.flat.masters, seen)
+    states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    return ModelStateBytes(parameters=parameters, gradients=gradients, master=master, optimizer=_bytes(states, seen))
+
+
+def _bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total

@@ -1,0 +1,225 @@
+"""From a model and a configuration to the parts that the engine drives."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..comm.communicator import Communicator
+from ..config import DeepSpeedConfig
+from ..memory.layout import FlatLayout, ParameterSpec
+from ..optim import build_optimizer, build_scheduler
+from ..zero.optimizer import ShardedOptimizer
+from ..zero.parameters import FlatParameters
+from ..zero.policy import ZeroPolicy
+from ..zero.reducer import GradientReducer, ReductionSettings
+from .precision import PrecisionPolicy, build_loss_scaler
+
+DEFAULT_BUCKET_NUMEL = 2**23
+"""Elements of a bucket where the configuration sets no bucket size: small enough that reduction overlaps backward,
+large enough that latency does not matter."""
+
+OptimizerArgument = torch.optim.Optimizer | Callable[[Iterable[Any]], torch.optim.Optimizer] | None
+
+
+def name_parameters(module: nn.Module, groups: Sequence[Mapping[str, Any]]) -> dict[str, nn.Parameter]:
+    """The trainable parameters of ``groups`` by name, in the model's registration order; those outside the model
+    (of a separate loss, say) come last. A tied parameter has its first name."""
+    wanted = {id(p): p for group in groups for p in group["params"] if p.requires_grad}
+    named = {name: wanted.pop(id(p)) for name, p in module.named_parameters() if id(p) in wanted}
+    named.update({f"unnamed_parameters.{index}": p for index, p in enumerate(wanted.values())})
+    return named
+
+
+def parameter_groups(module: nn.Module, parameters: Iterable[Any] | None) -> list[dict[str, Any]]:
+    """Optimizer parameter groups from what ``initialize`` was given: parameters, groups, or nothing (then all
+    trainable ones)."""
+    given = list(parameters) if parameters is not None else []
+    if not given:
+        given = list(module.parameters())
+    if all(isinstance(item, dict) for item in given):
+        return [{**group, "params": _listed(group["params"])} for group in given]
+    if any(isinstance(item, dict) for item in given):
+        raise ValueError("model_parameters mixes parameters and parameter groups; give either one")
+    # named_parameters() is a natural thing to pass.
+    return [{"params": [item[1] if isinstance(item, tuple) else item for item in given]}]
+
+
+def build_layout(
+    named: Mapping[str, nn.Parameter],
+    groups: Sequence[Mapping[str, Any]],
+    *,
+    precision: PrecisionPolicy,
+    shards: int,
+    bucket_numel: int,
+) -> FlatLayout:
+    """The flat layout of the trainable parameters, with the dtypes that they have under ``precision``."""
+    group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
+    specs = [
+        ParameterSpec(
+            name, tuple(p.shape), str(precision.dtype_of(p)).removeprefix("torch."), group=group_of[id(p)]
+        )
+        for name, p in named.items()
+    ]
+    return FlatLayout.build(specs, shards=shards, bucket_numel=bucket_numel)
+
+
+def bucket_numel(config: DeepSpeedConfig) -> int:
+    """Elements of a bucket: the smaller of reduce_bucket_size and allgather_bucket_size, which bound it."""
+    keys = ("reduce_bucket_size", "allgather_bucket_size")
+    given = [
+        getattr(config.zero_optimization, key)
+        for key in keys
+        if config.sources.get(f"zero_optimization.{key}", "default") != "default"
+    ]
+    return min(given, default=DEFAULT_BUCKET_NUMEL)
+
+
+def reduction_settings(config: DeepSpeedConfig, precision: PrecisionPolicy, *, ranks: int) -> ReductionSettings:
+    """How gradients are divided and communicated.
+
+    The mean over ranks costs nothing where the division happens as a gradient is copied into its bucket, so that is
+    where it happens unless ``prescale_gradients`` is set: false divides the sum, true with a
+    ``gradient_predivide_factor`` divides by the factor before and by the rest after.
+    """
+    factor = config.gradient_predivide_factor
+    before = factor if factor != 1.0 else float(ranks)
+    if config.prescale_gradients is False and config.sources.get("prescale_gradients", "default") != "default":
+        before = factor
+    zero = config.zero_optimization
+    return ReductionSettings(
+        divide_before=before,
+        divide_after=ranks / before,
+        communication_dtype=precision.communication_dtype,
+        kept_dtype=precision.kept_gradient_dtype,
+        overlap=zero.overlap_comm is not False,
+        reduce_scatter=zero.reduce_scatter,
+    )
+
+
+def check_ranks_agree(named: Mapping[str, nn.Parameter], config: DeepSpeedConfig, communicator: Communicator) -> None:
+    """Raise ValueError on every rank where the ranks' models or stages differ, naming the first difference."""
+    mine = [f"{name}: {tuple(p.shape)} {p.dtype}" for name, p in named.items()]
+    mine.append(f"zero_optimization.stage: {config.zero_optimization.stage}")
+    mine.append(f"bucket size: {bucket_numel(config)}")
+    mine.append(f"gradient_accumulation_steps: {config.gradient_accumulation_steps}")
+    digest = hashlib.sha256("\n".join(mine).encode()).hexdigest()
+    if len(set(communicator.gather_objects(digest))) == 1:
+        return
+    everyone = communicator.gather_objects(mine)
+    for rank, theirs in enumerate(everyone):
+        for index in range(max(len(theirs), len(everyone[0]))):
+            first, other = (lines[index] if index < len(lines) else "nothing" for lines in (everyone[0], theirs))
+            if first != other:
+                raise ValueError(
+                    f"ranks disagree on the model or configuration: rank 0 has '{first}' where rank {rank} has "
+                    f"'{other}'. Build the same model from the same configuration on every rank."
+                )
+
+
+@dataclass(frozen=True)
+class OptimizerRequest:
+    """What the user asked to optimize with: a client optimizer or a callable, or parameters for the configured one."""
+
+    optimizer: OptimizerArgument = None
+    parameters: Iterable[Any] | None = None
+
+
+def build_sharded_optimizer(
+    module: nn.Module,
+    request: OptimizerRequest,
+    *,
+    config: DeepSpeedConfig,
+    precision: PrecisionPolicy,
+    communicator: Communicator,
+) -> ShardedOptimizer | None:
+    """Shard the model's states over ``communicator`` as the configuration says, and convert the model to its dtype.
+
+    None where neither a client optimizer nor a configured one is there: an engine for inference.
+    """
+    optimizer = _inner_optimizer(module, request, config)
+    if optimizer is None:
+        precision.cast_module(module, keep=lambda tensor: False)
+        return None
+    named = name_parameters(module, optimizer.param_groups)
+    check_ranks_agree(named, config, communicator)
+    if not named:
+        raise ValueError(
+            "the model has no trainable parameters: every parameter given to the optimizer has requires_grad=False"
+        )
+    policy = ZeroPolicy.for_stage(config.zero_optimization.stage)
+    shards = communicator.size if policy.shard_optimizer else 1
+    layout = build_layout(
+        named, optimizer.param_groups, precision=precision, shards=shards, bucket_numel=bucket_numel(config)
+    )
+    flat = FlatParameters(layout, named, shard=communicator.rank if policy.shard_optimizer else 0)
+    flat.move_in(communicator)
+    moved = {id(p) for p in named.values()}
+    precision.cast_module(module, keep=lambda tensor: id(tensor) in moved)
+    _broadcast_rest(module, moved, communicator)
+    settings = reduction_settings(config, precision, ranks=communicator.size)
+    reducer = GradientReducer(layout, named, policy=policy, communicator=communicator, settings=settings)
+    return ShardedOptimizer(
+        optimizer,
+        flat,
+        reducer,
+        scaler=build_loss_scaler(config),
+        clip=config.gradient_clipping,
+        overlap=settings.overlap,
+    )
+
+
+def build_lr_scheduler(scheduler: Any, optimizer: ShardedOptimizer | None, config: DeepSpeedConfig) -> Any:
+    """The learning-rate scheduler: a ready object, one made by a callable from the inner optimizer, or the configured
+    one; None where there is none or nothing to schedule."""
+    if scheduler is not None:
+        if callable(scheduler) and not hasattr(scheduler, "step"):
+            return scheduler(optimizer.optimizer) if optimizer is not None else None
+        return scheduler
+    if optimizer is None or config.scheduler is None or not config.scheduler.type:
+        return None
+    return build_scheduler(config.scheduler.type, config.scheduler.params, optimizer.optimizer)
+
+
+def _inner_optimizer(
+    module: nn.Module, request: OptimizerRequest, config: DeepSpeedConfig
+) -> torch.optim.Optimizer | None:
+    client = request.optimizer
+    if isinstance(client, torch.optim.Optimizer):
+        if client.state:
+            raise ValueError(
+                f"the {type(client).__name__} given to deepspeed.initialize has already stepped; its state cannot be "
+                "sharded. Pass a new optimizer."
+            )
+        return client
+    if client is None and config.optimizer is None:
+        return None
+    groups = parameter_groups(module, request.parameters)
+    if client is not None:
+        if not callable(client):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer or a callable, got {type(client).__name__}")
+        return client(groups if any(len(group) > 1 for group in groups) else groups[0]["params"])
+    assert config.optimizer is not None, "checked above"
+    trainable = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+    if not any(group["params"] for group in trainable):
+        raise ValueError("the model has no trainable parameters: every parameter has requires_grad=False")
+    return build_optimizer(config.optimizer.type, config.optimizer.params, trainable)
+
+
+def _broadcast_rest(module: nn.Module, moved: set[int], communicator: Communicator) -> None:
+    """Give every rank rank 0's frozen parameters and buffers; the trainable ones have been broadcast already."""
+    rest: list[Tensor] = [t for t in [*module.parameters(), *module.buffers()] if id(t) not in moved]
+    for tensor in rest:
+        if tensor.numel() and not tensor.is_meta:
+            value = tensor.detach().contiguous()
+            communicator.broadcast(value).wait()
+            tensor.data.copy_(value)
+
+
+def _listed(parameters: Any) -> list[nn.Parameter]:
+    return [parameters] if isinstance(parameters, Tensor) else list(parameters)

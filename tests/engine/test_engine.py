@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import deepspeed
+from deepspeed.config import ConfigError, load_config
+from deepspeed.memory.estimate import model_state_bytes
+
+STEPS = 3
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(16, 33), nn.Tanh(), nn.Linear(33, 16))
+
+
+def batch(index: int) -> torch.Tensor:
+    return torch.randn(4, 16, generator=torch.Generator().manual_seed(index))
+
+
+def ds_config(stage: int, **more: object) -> dict[str, object]:
+    return {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 600},
+        **more,
+    }
+
+
+def make_engine(stage: int, **more: object) -> deepspeed.DeepSpeedEngine:
+    return deepspeed.initialize(model=make_model(), config=ds_config(stage, **more))[0]
+
+
+def train(engine: deepspeed.DeepSpeedEngine, first: int, last: int) -> None:
+    rank, size = engine.communicator.rank, engine.communicator.size
+    for index in range(first, last):
+        engine.backward(engine(batch(index * size + rank).to(next(engine.parameters()).dtype)).square().mean())
+        engine.step()
+
+
+def weights_after(stage: int, accumulation: int, more: dict[str, object]) -> dict[str, torch.Tensor]:
+    engine = make_engine(stage, gradient_accumulation_steps=accumulation, **more)
+    train(engine, 0, STEPS * accumulation)
+    assert engine.global_steps == STEPS
+    return {name: value.detach().clone() for name, value in engine.module.state_dict().items()}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_engine_trains_to_the_numbers_of_plain_torch(ranks, stage, accumulation):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step in range(STEPS):
+        for index in range(2 * accumulation):
+            (model(batch(step * 2 * accumulation + index)).square().mean() / (2 * accumulation)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for result in ranks(2, weights_after, stage, accumulation, {}):
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(result[name], value, rtol=1e-6, atol=1e-7)
+
+
+ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}}
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_adamw_of_the_configuration_is_torchs(ranks, stage):
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    for step in range(STEPS):
+        for index in range(2):
+            (model(batch(step * 2 + index)).square().mean() / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for result in ranks(2, weights_after, stage, 1, ADAM):
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(result[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("more", [{"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "loss_scale": 128}}])
+def test_sixteen_bit_training_follows_fp32(ranks, more):
+    exact = ranks(2, weights_after, 2, 1, ADAM)[0]
+    for name, value in ranks(2, weights_after, 2, 1, {**ADAM, **more})[0].items():
+        assert value.dtype in (torch.bfloat16, torch.float16)
+        torch.testing.assert_close(value.float(), exact[name], rtol=0.05, atol=0.02)
+
+
+def saved(directory: str, stage: int) -> dict[str, torch.Tensor]:
+    engine = make_engine(stage, **ADAM)
+    train(engine, 0, 2)
+    engine.save_checkpoint(directory, client_state={"epoch": 7})
+    train(engine, 2, 4)
+    return {name: value.detach().clone() for name, value in engine.module.state_dict().items()}
+
+
+def resumed(directory: str, stage: int) -> tuple[dict[str, torch.Tensor], object, int]:
+    engine = make_engine(stage, **ADAM)
+    path, client_state = engine.load_checkpoint(directory)
+    assert path is not None
+    train(engine, 2, 4)
+    return {n: v.detach().clone() for n, v in engine.module.state_dict().items()}, client_state, engine.global_steps
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 0), (0, 1), (1, 2)])
+def test_a_checkpoint_resumes_at_another_stage(ranks, tmp_path, before, after):
+    expected = ranks(2, saved, str(tmp_path), before)[0]
+    for weights, client_state, steps in ranks(2, resumed, str(tmp_path), after):
+        assert client_state == {"epoch": 7}
+        assert steps == 4
+        for name, value in expected.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-6, atol=1e-7)
+
+
+def loaded_weights(directory: str) -> dict[str, torch.Tensor]:
+    engine = make_engine(1, **ADAM)
+    engine.load_checkpoint(directory)
+    return {name: value.detach().clone() for name, value in engine.module.state_dict().items()}
+
+
+def test_a_checkpoint_of_two_ranks_loads_on_four_and_one(ranks, tmp_path):
+    ranks(2, saved, str(tmp_path), 2)
+    one, four = ranks(1, loaded_weights, str(tmp_path)), ranks(4, loaded_weights, str(tmp_path))
+    for result in [*one, *four]:
+        assert all(torch.equal(value, one[0][name]) for name, value in result.items())
+
+
+def load_damaged(directory: str) -> tuple[str, bool]:
+    engine = make_engine(2, **ADAM)
+    before = [p.detach().clone() for p in engine.parameters()]
+    with pytest.raises(RuntimeError) as caught:
+        engine.load_checkpoint(directory)
+    return str(caught.value), all(torch.equal(a, b) for a, b in zip(before, engine.parameters(), strict=True))
+
+
+def test_a_truncated_checkpoint_is_named_and_leaves_the_engine_as_it_was(ranks, tmp_path):
+    ranks(2, saved, str(tmp_path), 2)
+    damaged = tmp_path / "global_step2" / "rank_00001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    for message, unchanged in ranks(2, load_damaged, str(tmp_path)):
+        assert "rank_00001.safetensors is missing or damaged" in message
+        assert unchanged
+
+
+def state_bytes(stage: int) -> tuple[int, float]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(4)])
+    config = {"optimizer": {"type": "AdamW"}, "bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
+    engine = deepspeed.initialize(model=model, config=config)[0]
+    engine.backward(engine(torch.randn(2, 256, dtype=torch.bfloat16)).float().mean())
+    engine.step()
+    engine.backward(engine(torch.randn(2, 256, dtype=torch.bfloat16)).float().mean())
+    return sum(p.numel() for p in model.parameters()), engine.model_state_bytes().total
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_model_states_take_the_bytes_of_their_stage(ranks, stage):
+    for numel, total in ranks(2, state_bytes, stage):
+        computed = model_state_bytes(numel, stage=stage, world_size=2, dtype_bytes=2)
+        assert total == pytest.approx(computed.total, rel=0.02)
+
+
+def misuse() -> list[str]:
+    engine = make_engine(2)
+    said = []
+    for call in (
+        engine.step,
+        lambda: engine.backward(engine(batch(0))),
+        lambda: engine.backward(torch.tensor(1.0)),
+        lambda: deepspeed.initialize(model=make_model().requires_grad_(False), config=ds_config(1)),
+    ):
+        with pytest.raises((RuntimeError, ValueError)) as caught:
+            call()
+        said.append(str(caught.value))
+    return said
+
+
+def test_misuse_is_answered_clearly(ranks):
+    step, shape, gradient, frozen = ranks(1, misuse)[0]
+    assert "before engine.backward" in step
+    assert "shape (4, 16)" in shape
+    assert "has no gradient" in gradient
+    assert "no trainable parameters" in frozen
+
+
+def disagree() -> str:
+    width = 8 + torch.distributed.get_rank()
+    with pytest.raises(ValueError) as caught:
+        deepspeed.initialize(model=nn.Linear(4, width), config=ds_config(1))
+    return str(caught.value)
+
+
+def test_ranks_that_disagree_on_the_model_all_say_so(ranks):
+    for message in ranks(2, disagree):
+        assert "'weight: (8, 4) torch.float32'" in message and "'weight: (9, 4) torch.float32'" in message
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"gradient_clipp1ng": 1.0}, "Did you mean 'gradient_clipping'"),
+        ({"zero_optimization": {"stge": 2}}, "zero_optimization.stge"),
+        ({"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2}, "not a multiple"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both are true"),
+        ({"zero_optimization": {"stage": 3}}, "stage 3 is not built yet"),
+        ({"optimizer": {"type": "Adamm"}}, "the optimizers are"),
+        ({"fp16": {"enabled": "perhaps"}}, "fp16.enabled"),
+    ],
+)
+def test_a_wrong_configuration_names_the_key(config, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(config)
+
+
+def test_auto_values_numeric_strings_and_dotted_keys_are_understood():
+    config = load_config(
+        {
+            "train_batch_size": "auto",
+            "train_micro_batch_size_per_gpu": 4,
+            "gradient_clipping": "auto",
+            "zero_optimization": {"stage": 2, "reduce_bucket_size": "5e7", "offload_optimizer": False},
+            "zero_optimization.allgather_bucket_size": 2e8,
+            "steps_per_print": float("inf"),
+        },
+        world_size=2,
+    )
+    assert config.train_batch_size == 8
+    assert config.gradient_clipping == 0.0
+    assert config.zero_optimization.reduce_bucket_size == 50_000_000
+    assert config.zero_optimization.allgather_bucket_size == 200_000_000
