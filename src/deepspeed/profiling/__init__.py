@@ -1,0 +1,1 @@
+"""Profiling: wall clock, throughput and floating-point operations."""
