@@ -1,0 +1,1 @@
+"""Monitors: where the numbers of a training run are written."""
