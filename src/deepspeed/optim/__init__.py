@@ -1,8 +1,48 @@
-"""Optimizers, learning-rate schedules, loss scaling, and how an optimizer steps over slices."""
+"""Optimizers, learning-rate schedules and loss scaling, and how an optimizer steps over flat slices."""
 
 from __future__ import annotations
 
-from .build import build_optimizer
-from .schedules import build_scheduler
+from .adam import Adam, AdamW
+from .factory import build_optimizer, split_parameter_groups
+from .lamb import Lamb
+from .lion import Lion
+from .loss_scaling import DynamicLossScaler, LossScaler, NoLossScaler, StaticLossScaler
+from .muon import Muon
+from .schedules import (
+    VALID_LR_SCHEDULES,
+    LRRangeTest,
+    OneCycle,
+    Schedule,
+    WarmupCosineLR,
+    WarmupDecayLR,
+    WarmupLR,
+    build_scheduler,
+)
+from .sharding import FlatShard, ShardUpdate, Stepper, has_stepped, make_stepper
 
-__all__ = ["build_optimizer", "build_scheduler"]
+__all__ = [
+    "VALID_LR_SCHEDULES",
+    "Adam",
+    "AdamW",
+    "DynamicLossScaler",
+    "FlatShard",
+    "LRRangeTest",
+    "Lamb",
+    "Lion",
+    "LossScaler",
+    "Muon",
+    "NoLossScaler",
+    "OneCycle",
+    "Schedule",
+    "ShardUpdate",
+    "StaticLossScaler",
+    "Stepper",
+    "WarmupCosineLR",
+    "WarmupDecayLR",
+    "WarmupLR",
+    "build_optimizer",
+    "build_scheduler",
+    "has_stepped",
+    "make_stepper",
+    "split_parameter_groups",
+]

@@ -68,23 +68,52 @@ class Adam(torch.optim.Optimizer):
     def _update(
         self, group: dict[str, Any], parameter: Tensor, gradient: Tensor, gradient_scale: float, out: Tensor | None
     ) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        beta1, beta2 = group["betas"]
-        hyper = native.AdamHyper(
-            step=int(state["step"].item()),
-            lr=float(group["lr"]),
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled=group["adam_w_mode"],
-            bias_correction=group["bias_correction"],
-            grad_scale=gradient_scale,
-        )
-        flat = [tensor.view(-1) for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"])]
-        native.adam_step(flat[0], gradient.reshape(-1), flat[1], flat[2], hyper=hyper, param_out=out)
+        update_with_adam(self.state[parameter], group, parameter, gradient, gradient_scale, out)
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay, 0.01 by default."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        bias_correction: bool = True,
+    ):
+        super().__init__(params, lr, betas, eps, weight_decay, bias_correction, adam_w_mode=True)
+
+
+def update_with_adam(
+    state: dict[str, Any],
+    group: dict[str, Any],
+    parameter: Tensor,
+    gradient: Tensor,
+    gradient_scale: float,
+    out: Tensor | None,
+) -> None:
+    """One Adam step of ``parameter`` with the options in ``group``; ``state`` is filled at the first."""
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+    state["step"] += 1
+    beta1, beta2 = group["betas"]
+    hyper = native.AdamHyper(
+        step=int(state["step"].item()),
+        lr=float(group["lr"]),
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        decoupled=group["adam_w_mode"],
+        bias_correction=group["bias_correction"],
+        grad_scale=gradient_scale,
+    )
+    flat = parameter.reshape(-1)
+    moments = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+    native.adam_step(flat, gradient.reshape(-1), *moments, hyper=hyper, param_out=out)
+    if not parameter.is_contiguous():
+        parameter.copy_(flat.view(parameter.shape))

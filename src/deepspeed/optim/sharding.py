@@ -12,6 +12,7 @@ A :class:`Stepper` applies one optimizer step to all slices of a rank. There are
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,11 +40,13 @@ ELEMENTWISE: tuple[type[torch.optim.Optimizer], ...] = (
 )
 """torch's optimizers whose update of an element depends on that element alone."""
 
-UNSUITED: dict[type[torch.optim.Optimizer], str] = {
-    torch.optim.LBFGS: "it re-evaluates the loss through a closure",
-    torch.optim.SparseAdam: "it takes sparse gradients only",
+UNSUITED: dict[str, str] = {
+    "LBFGS": "it re-evaluates the loss through a closure",
+    "SparseAdam": "it takes sparse gradients only",
+    "Adafactor": "it factors whole matrices, and a slice is none",
+    "Muon": "it steps whole matrices; name the optimizer 'Muon' in the configuration, which gathers them",
 }
-"""torch's optimizers that cannot step on flat slices, and why."""
+"""torch's optimizers (those that this torch has) that cannot step on flat slices, and why."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,16 @@ def make_stepper(
 
     Raises ValueError for an optimizer that cannot step on slices.
     """
-    for kind, reason in UNSUITED.items():
-        if isinstance(optimizer, kind):
-            raise ValueError(f"{kind.__name__} cannot be sharded: {reason}. Use AdamW or another elementwise optimizer.")
+    for name, reason in UNSUITED.items():
+        if isinstance(optimizer, getattr(torch.optim, name, ())):
+            raise ValueError(f"torch.optim.{name} cannot be sharded: {reason}. Or use AdamW, which is elementwise.")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} cannot be sharded: its step() needs a closure, and gradients are already reduced "
+            "when a step begins. Use an optimizer whose closure is optional."
+        )
+    _adopt_states(optimizer, shards)
     if isinstance(optimizer, ShardStepping):
         return _OnePass(optimizer, optimizer)
     if type(optimizer) in ELEMENTWISE:
@@ -119,6 +129,24 @@ def make_stepper(
     if isinstance(optimizer, WholeParameterStepping):
         optimizer.bind(shards, communicator)
     return _AllAtOnce(optimizer)
+
+
+def has_stepped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``optimizer`` has state that a step left. Adagrad makes its states at construction: those do not count."""
+    return any(float(state.get("step", 1)) > 0 for state in optimizer.state.values() if state)
+
+
+def _adopt_states(optimizer: torch.optim.Optimizer, shards: Sequence[FlatShard]) -> None:
+    """Drop states of parameters that the slices replace, and give the slices those that Adagrad expects to find."""
+    held = {id(shard.tensor) for shard in shards}
+    for parameter in [p for p in optimizer.state if id(p) not in held]:
+        del optimizer.state[parameter]
+    if isinstance(optimizer, torch.optim.Adagrad):
+        for group in optimizer.param_groups:
+            for tensor in group["params"]:
+                if not optimizer.state[tensor]:
+                    initial = torch.full_like(tensor, group["initial_accumulator_value"])
+                    optimizer.state[tensor] = {"step": torch.tensor(0.0), "sum": initial}
 
 
 class _OnePass:
@@ -135,6 +163,8 @@ class _OnePass:
                     update.shard.tensor, update.gradient, gradient_scale=gradient_scale, out=update.out
                 )
             finished(update.shard)
+        # torch's schedulers look for this mark of a step() that came before theirs.
+        self._optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 class _SliceBySlice:
