@@ -1,10 +1,10 @@
-# `make test` runs the tests, `make check` the static checks; both set up .venv first.
+# `make train` runs the main job, `make test` the tests, `make check` the static checks; each sets up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: test check clean
+.PHONY: train test check clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -12,11 +12,15 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,check]'
 	touch $@
 
+train: $(VENV)/ready
+	$(BIN)/deepspeed --num_gpus 2 examples/train_lm/train.py --deepspeed_config examples/train_lm/ds_config.json
+
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
 
 check: $(VENV)/ready
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff check src tests examples
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed import (
     all_gather,
     all_reduce,
@@ -50,7 +51,7 @@ def init_distributed(
         return
     backend = dist_backend or ("nccl" if torch.cuda.is_available() else "gloo")
     if "RANK" not in os.environ and init_method is None:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     os.environ.setdefault("MASTER_PORT", str(distributed_port))
     dist.init_process_group(backend, init_method=init_method, timeout=timeout, **kwargs)

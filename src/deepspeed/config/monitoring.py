@@ -78,4 +78,4 @@ class TimersConfig(Section):
 class ThroughputTimersConfig(Section):
     """Section ``timers``."""
 
-    throughput: TimersConfig = Field(default_factory=TimersConfig)
+    throughput: TimersConfig = TimersConfig()

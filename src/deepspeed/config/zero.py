@@ -68,8 +68,8 @@ class ZeroConfig(Section):
     load_from_fp32_weights: bool = Field(True, description="Resume from the fp32 masters: always so.")
     elastic_checkpoint: bool = Field(False, description="Load at another world size: always possible.")
     legacy_stage1: bool = Field(False, description="An old implementation of stage 1; false is the only mode.")
-    offload_param: OffloadParamConfig = Field(default_factory=OffloadParamConfig)
-    offload_optimizer: OffloadOptimizerConfig = Field(default_factory=OffloadOptimizerConfig)
+    offload_param: OffloadParamConfig = OffloadParamConfig()
+    offload_optimizer: OffloadOptimizerConfig = OffloadOptimizerConfig()
     sub_group_size: Int = Field(1_000_000_000, ge=1, description="Stage 3: elements of one chunk of the step.")
     stage3_max_live_parameters: Int = Field(1_000_000_000, ge=0, description="Stage 3: most elements gathered at once.")
     stage3_max_reuse_distance: Int = Field(

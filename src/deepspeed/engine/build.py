@@ -222,4 +222,4 @@ def _broadcast_rest(module: nn.Module, moved: set[int], communicator: Communicat
 
 
 def _listed(parameters: Any) -> list[nn.Parameter]:
-    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    return [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)

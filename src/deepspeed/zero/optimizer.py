@@ -81,7 +81,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
     # -- the inner optimizer's face; class-level so that wrappers without our __dict__ keep it -----------------------
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The inner optimizer's parameter groups; their ``params`` are flat slices."""
         return self.optimizer.param_groups
 
@@ -90,7 +90,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         self.optimizer.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The inner optimizer's state, by slice."""
         return self.optimizer.state
 
@@ -99,7 +99,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         self.optimizer.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The inner optimizer's defaults."""
         return self.optimizer.defaults
 
