@@ -106,7 +106,7 @@ def test_comet_logs_every_so_many_samples(monkeypatch: pytest.MonkeyPatch) -> No
         monitor.write_events([("loss", 0.5, step)])
     monitor.close()
     assert library.calls == [
-        ("start", (), {"project_name": "p", "online": False}),
+        ("start", (), {"project": "p", "online": False}),
         ("set_name", ("e",), {}),
         ("log_metric", ("loss", 0.5), {"step": 1}),
         ("log_metric", ("loss", 0.5), {"step": 11}),

@@ -26,8 +26,6 @@ class CometMonitor(Monitor):
             library = import_library("comet_ml", section="comet", extra="comet")
             given = {name: getattr(section, name) for name in _START_OPTIONS}
             options = {name: value for name, value in given.items() if value is not None}
-            if "project" in options:
-                options["project_name"] = options.pop("project")
             self.experiment = library.start(**options)
             if section.experiment_name is not None:
                 self.experiment.set_name(section.experiment_name)
