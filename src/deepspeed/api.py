@@ -18,6 +18,7 @@ from .config import DeepSpeedConfig, load_config
 from .engine.build import OptimizerArgument, OptimizerRequest, build_lr_scheduler, build_sharded_optimizer
 from .engine.engine import DeepSpeedEngine, EngineParts
 from .engine.precision import PrecisionPolicy
+from .monitor.monitor import MonitorMaster
 from .zero.optimizer import ShardedOptimizer
 
 
@@ -64,7 +65,8 @@ def initialize(
     )
     scheduler = build_lr_scheduler(lr_scheduler, sharded, settings)
     loader = _dataloader(training_data, settings, communicator, collate_fn) if training_data is not None else None
-    parts = EngineParts(settings, communicator, precision, sharded, scheduler, loader, device)
+    monitor = MonitorMaster(settings, rank=communicator.rank)
+    parts = EngineParts(settings, communicator, precision, sharded, scheduler, loader, device, monitor)
     return DeepSpeedEngine(model, parts), sharded, loader, scheduler
 
 

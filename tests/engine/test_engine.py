@@ -229,3 +229,25 @@ def test_auto_values_numeric_strings_and_dotted_keys_are_understood():
     assert config.gradient_clipping == 0.0
     assert config.zero_optimization.reduce_bucket_size == 50_000_000
     assert config.zero_optimization.allgather_bucket_size == 200_000_000
+
+
+def monitored(directory: str) -> None:
+    csv = {"csv_monitor": {"enabled": True, "output_path": directory, "job_name": "job"}}
+    engine = make_engine(1, **csv)
+    train(engine, 0, 2)
+    engine.destroy()
+
+
+def test_the_engine_writes_loss_and_learning_rate_to_its_monitors(ranks, tmp_path):
+    ranks(2, monitored, str(tmp_path))
+    files = {path.name: path.read_text().splitlines() for path in (tmp_path / "job").iterdir()}
+    assert sorted(files) == ["Train_Samples_lr.csv", "Train_Samples_train_loss.csv"]
+    assert files["Train_Samples_lr.csv"][1:] == ["8,0.1", "16,0.1"]
+
+
+@pytest.mark.parametrize("kind", ["Adam", "Adagrad", "Lion", "LAMB", "Muon"])
+def test_every_optimizer_trains_alike_sharded_and_whole(ranks, kind):
+    config = {"optimizer": {"type": kind, "params": {"lr": 0.01}}}
+    whole, sharded = (ranks(2, weights_after, stage, 1, config)[0] for stage in (0, 2))
+    for name, value in whole.items():
+        torch.testing.assert_close(sharded[name], value, rtol=1e-5, atol=1e-6)

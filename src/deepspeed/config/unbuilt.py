@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 Predicate = Callable[["DeepSpeedConfig"], bool]
 
-OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad")
-SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+OPTIMIZERS = ("Adam", "AdamW", "SGD", "Adagrad", "Lion", "LAMB", "Muon")
+SCHEDULERS = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 UNBUILT: tuple[tuple[str, Predicate, str], ...] = (
     ("zero_optimization.stage", lambda c: c.zero_optimization.stage == 3, "stage 3 is not built yet; use stage 2."),
@@ -98,10 +98,6 @@ UNBUILT: tuple[tuple[str, Predicate, str], ...] = (
 )
 
 SWITCHES = (
-    "tensorboard",
-    "wandb",
-    "comet",
-    "csv_monitor",
     "flops_profiler",
     "comms_logger",
     "hybrid_engine",
@@ -132,9 +128,9 @@ def unbuilt_problems(config: DeepSpeedConfig) -> list[Problem]:
     for key in PLAIN_SWITCHES:
         if getattr(config, key):
             found.append(Problem(key, "this feature is not built yet; set it to false."))
-    if config.optimizer is not None and config.optimizer.type.lower() not in OPTIMIZERS:
+    if config.optimizer is not None and config.optimizer.type.lower() not in map(str.lower, OPTIMIZERS):
         found.append(
-            Problem("optimizer.type", f"found '{config.optimizer.type}'; the optimizers are Adam, AdamW, SGD, Adagrad.")
+            Problem("optimizer.type", f"found '{config.optimizer.type}'; the optimizers are {', '.join(OPTIMIZERS)}.")
         )
     if config.scheduler is not None and config.scheduler.type not in (None, *SCHEDULERS):
         found.append(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..comm.communicator import Communicator
 from ..config import DeepSpeedConfig
 from ..memory.layout import FlatLayout, ParameterSpec
-from ..optim import build_optimizer, build_scheduler
+from ..optim import build_optimizer, build_scheduler, split_parameter_groups
 from ..zero.optimizer import ShardedOptimizer
 from ..zero.parameters import FlatParameters
 from ..zero.policy import ZeroPolicy
@@ -208,7 +208,8 @@ def _inner_optimizer(
     trainable = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
     if not any(group["params"] for group in trainable):
         raise ValueError("the model has no trainable parameters: every parameter has requires_grad=False")
-    return build_optimizer(config.optimizer.type, config.optimizer.params, trainable)
+    kind = config.optimizer.type
+    return build_optimizer(kind, config.optimizer.params, split_parameter_groups(kind, trainable))
 
 
 def _broadcast_rest(module: nn.Module, moved: set[int], communicator: Communicator) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..comm.communicator import Communicator
 from ..config import DeepSpeedConfig
 from ..memory.estimate import ModelStateBytes
+from ..monitor.monitor import MonitorMaster
 from ..zero.optimizer import ShardedOptimizer
 from .accounting import measure_model_states
 from .checkpointing import load_training_checkpoint, save_training_checkpoint
@@ -41,6 +42,7 @@ class EngineParts:
     lr_scheduler: Any
     dataloader: Any
     device: torch.device
+    monitor: MonitorMaster
 
 
 @dataclass
@@ -154,6 +156,8 @@ class DeepSpeedEngine(nn.Module):
                 torch.stack(self._accumulation.losses).float().mean().item(),
                 self.get_global_grad_norm(),
             )
+        if self._parts.monitor.enabled:
+            self._write_events(optimizer)
         self._accumulation.losses.clear()
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
@@ -363,10 +367,19 @@ class DeepSpeedEngine(nn.Module):
         parameters and may be given to ``initialize`` again."""
         if self.optimizer is not None:
             self.optimizer.close()
+        self._parts.monitor.close()
         self._batches = None
         self._accumulation = _Accumulation()
 
     # -- small helpers -----------------------------------------------------------------------------------------------
+
+    def _write_events(self, optimizer: ShardedOptimizer) -> None:
+        samples = self.counters.global_samples
+        loss = torch.stack(self._accumulation.losses).float().mean().item()
+        events = [("Train/Samples/train_loss", loss, samples), ("Train/Samples/lr", self.get_lr()[0], samples)]
+        if self.fp16_enabled():
+            events.append(("Train/Samples/loss_scale", optimizer.loss_scale, samples))
+        self._parts.monitor.write_events(events)
 
     def _training_optimizer(self, call: str) -> ShardedOptimizer:
         if self.optimizer is None:
