@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent.parent / "src"
+
+
+def launch(tmp_path: Path, script: str, *options: str) -> subprocess.CompletedProcess[str]:
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "DS_ACCELERATOR": "cpu"}
+    environment.pop("OMP_NUM_THREADS", None)
+    command = [sys.executable, "-m", "deepspeed", *options, str(path), "--flag"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+
+
+def test_each_rank_knows_its_place_and_its_share_of_threads(tmp_path):
+    script = (
+        "import os, sys\nnames = ['RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR']\n"
+        "open(os.environ['RANK'], 'w').write(' '.join([os.environ[n] for n in names] + sys.argv[1:]))\n"
+        "assert int(os.environ['OMP_NUM_THREADS']) >= 1 and int(os.environ['MASTER_PORT'])\n"
+    )
+    result = launch(tmp_path, script, "--num_gpus", "2")
+    assert result.returncode == 0, result.stderr
+    for rank in range(2):
+        assert (tmp_path / str(rank)).read_text() == f"{rank} {rank} 2 127.0.0.1 --local_rank={rank} --flag"
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "message"),
+    [
+        ("raise ValueError('no such luck')", 1, "ValueError: no such luck"),
+        ("sys.exit(3)", 3, "exit code 3"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", 139, "killed by SIGSEGV"),
+    ],
+)
+def test_a_rank_that_fails_takes_the_others_down_and_says_why(tmp_path, failure, code, message):
+    script = f"import os, signal, sys, time\nif os.environ['RANK'] == '1':\n    {failure}\ntime.sleep(50)\n"
+    result = launch(tmp_path, script, "--num_gpus", "2")
+    assert result.returncode == code
+    assert "rank 1" in result.stderr and message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--num_gpus", "0"], "--num_gpus is 0"), (["--num_nodes", "2"], "several nodes are not built yet")],
+)
+def test_a_wrong_command_line_is_refused(tmp_path, options, message):
+    result = launch(tmp_path, "", *options)
+    assert result.returncode == 2
+    assert message in result.stderr
