@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from gpt import GPT
 from torch import Tensor, nn
 
 LEARNING_RATE = 3e-4
@@ -35,6 +36,8 @@ class Setup:
 class Engine(Protocol):
     """One data-parallel rank."""
 
+    def __init__(self, model: GPT, setup: Setup) -> None: ...
+
     def backward(self, tokens: Tensor, *, last: bool) -> Tensor:
         """Add the gradients of one micro-batch; ``last`` before an update. Returns the loss."""
 
@@ -42,9 +45,9 @@ class Engine(Protocol):
         """Update the parameters after the last micro-batch, and forget the gradients."""
 
 
-def build_engine(model: nn.Module, setup: Setup) -> Engine:
+def build_engine(model: GPT, setup: Setup) -> Engine:
     """The engine that ``setup`` names, around ``model``; the process group is there already."""
-    engines = {"deepspeed": DeepSpeed, "ddp": DistributedDataParallel, "fsdp2": FullyShard}
+    engines: dict[str, type[Engine]] = {"deepspeed": DeepSpeed, "ddp": DistributedDataParallel, "fsdp2": FullyShard}
     return engines[setup.engine](model, setup)
 
 
@@ -57,7 +60,7 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
 class DistributedDataParallel:
     """torch's DDP: everything whole on every rank, gradients all-reduced on the last micro-batch."""
 
-    def __init__(self, model: nn.Module, setup: Setup) -> None:
+    def __init__(self, model: GPT, setup: Setup) -> None:
         self.setup = setup
         self.model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.optimizer = _adamw(model)
@@ -67,7 +70,7 @@ class DistributedDataParallel:
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=self.setup.precision == "bf16")
         with nullcontext() if last else self.model.no_sync():
             with autocast:
-                loss = self.model(tokens)
+                loss: Tensor = self.model(tokens)
             (loss / self.setup.accumulation).backward()
         return loss.detach()
 
@@ -80,7 +83,7 @@ class DistributedDataParallel:
 class FullyShard:
     """torch's FSDP2, a unit per block. Stage 3 frees parameters after forward; stage 2 keeps them until backward."""
 
-    def __init__(self, model: nn.Module, setup: Setup) -> None:
+    def __init__(self, model: GPT, setup: Setup) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -95,13 +98,14 @@ class FullyShard:
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for block in model.blocks:
             fully_shard(block, **options)
-        self.model = fully_shard(model, **options)
+        fully_shard(model, **options)
+        self.model: Any = model
         self.optimizer = _adamw(model)
 
     def backward(self, tokens: Tensor, *, last: bool) -> Tensor:
         """See :class:`Engine`. Every micro-batch is reduced, so that gradients stay sharded."""
         self.model.set_is_last_backward(last)
-        loss = self.model(tokens)
+        loss: Tensor = self.model(tokens)
         (loss / self.setup.accumulation).backward()
         return loss.detach()
 
@@ -114,7 +118,7 @@ class FullyShard:
 class DeepSpeed:
     """The installed ``deepspeed``, through ``initialize``, ``backward`` and ``step``."""
 
-    def __init__(self, model: nn.Module, setup: Setup) -> None:
+    def __init__(self, model: GPT, setup: Setup) -> None:
         import deepspeed
 
         config: dict[str, Any] = {
@@ -140,7 +144,7 @@ class DeepSpeed:
 
     def backward(self, tokens: Tensor, *, last: bool) -> Tensor:
         """See :class:`Engine`. deepspeed's ``step`` is called after every micro-batch and counts them itself."""
-        loss = self.engine(tokens)
+        loss: Tensor = self.engine(tokens)
         self.engine.backward(loss)
         if not last:
             self.engine.step()

@@ -44,7 +44,9 @@ class Block(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [batch, head, token, width / heads]
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, tokens, width))
-        return x + self.down(F.gelu(self.up(self.feed_forward_norm(x))))
+        widened = F.gelu(self.up(self.feed_forward_norm(x)))
+        changed: Tensor = x + self.down(widened)
+        return changed
 
 
 class GPT(nn.Module):

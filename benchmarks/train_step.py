@@ -197,8 +197,7 @@ def run_ranks(candidate: Candidate, options: argparse.Namespace) -> dict[str, An
             command += [f"--{key.replace('_', '-')}", str(getattr(options, key))]
         logs = [Path(folder) / f"rank{rank}.log" for rank in range(options.ranks)]
         processes = [
-            _start(command, candidate, rank=rank, ranks=options.ranks, port=port, log=log)
-            for rank, log in enumerate(logs)
+            _start(command, candidate, rank=rank, ranks=options.ranks, port=port, log=log) for rank, log in enumerate(logs)
         ]
         try:
             _wait(processes, logs, candidate)
@@ -206,12 +205,11 @@ def run_ranks(candidate: Candidate, options: argparse.Namespace) -> dict[str, An
             for process in processes:
                 process.kill()
                 process.wait()
-        return json.loads(report.read_text())
+        figures: dict[str, Any] = json.loads(report.read_text())
+        return figures
 
 
-def _start(
-    command: list[str], candidate: Candidate, *, rank: int, ranks: int, port: int, log: Path
-) -> subprocess.Popen[bytes]:
+def _start(command: list[str], candidate: Candidate, *, rank: int, ranks: int, port: int, log: Path) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -256,9 +254,7 @@ def compare(candidates: list[Candidate], options: argparse.Namespace) -> list[di
             runs[candidate.name].append(figures)
     results = []
     for name, figures_list in runs.items():
-        row: dict[str, Any] = {
-            key: statistics.median(figures[key] for figures in figures_list) for key in figures_list[0]
-        }
+        row: dict[str, Any] = {key: statistics.median(figures[key] for figures in figures_list) for key in figures_list[0]}
         times = [figures["step_seconds"] for figures in figures_list]
         results.append({"name": name, **row, "fastest_seconds": min(times), "slowest_seconds": max(times)})
     return results

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
-TINY = ["--layers", "1", "--width", "32", "--heads", "2", "--vocabulary", "64", "--context", "16", "--micro-batch", "1", "--warmup", "1", "--steps", "1"]
+SIZES = {"layers": 1, "width": 32, "heads": 2, "vocabulary": 64, "context": 16, "micro-batch": 1}
+TINY = [f"--{key}={value}" for key, value in {**SIZES, "warmup": 1, "steps": 1}.items()]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

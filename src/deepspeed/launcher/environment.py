@@ -1,4 +1,4 @@
-"""Environment variables: those that travel to every node, and those that each rank gets.
+"""Environment variables: those that the user names for a launch, and those that each rank gets.
 
 A variable that the user has set is never overwritten by a choice of the launcher, save for the names that say who
 the rank is (RANK and its kin).
@@ -16,7 +16,6 @@ from pathlib import Path
 from .errors import LaunchError
 
 DEEPSPEED_ENVIRONMENT_NAME = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-EXPORTED_PREFIXES = ("NCCL_", "GLOO_", "UCX_", "MV2_", "PYTHON")
 
 # Blocks from this size on are mapped, so that freeing one returns its pages to the system at once. With glibc's own
 # moving threshold (up to 32 MiB), freed gradients and activations stay resident in its heaps: FSDP2's peak on a
@@ -48,14 +47,6 @@ def read_environment_files(name: str | None = None, folders: Iterable[Path] | No
                 key, value = parse_assignment(line, f"{path}, line {number}")
                 found[key] = value
     return found
-
-
-def exported_variables(assignments: Iterable[str], inherited: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What every node gets: inherited NCCL_*, PYTHON* and their like, then ``.deepspeed_env``, then ``--env``."""
-    surroundings = os.environ if inherited is None else inherited
-    variables = {key: value for key, value in sorted(surroundings.items()) if key.startswith(EXPORTED_PREFIXES)}
-    variables.update(chosen_variables(assignments))
-    return variables
 
 
 def chosen_variables(assignments: Iterable[str]) -> dict[str, str]:

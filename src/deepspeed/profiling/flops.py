@@ -36,6 +36,14 @@ def _vector_addition_flops(bias: Any, matrix: torch.Tensor, vector: Any, *, out_
     return 2 * matrix.numel()
 
 
+def _fused_attention_flops(query: torch.Tensor, key: torch.Tensor, *_: Any, out_val: Any, **__: Any) -> int:
+    """``nn.MultiheadAttention`` in one kernel, as without autograd: four projections and two products.
+    Query (batch, length, size), key (batch, source, size)."""
+    batch, length, size = query.shape
+    source = key.shape[1]
+    return 2 * batch * (2 * length * size * size + 2 * source * size * size + 2 * length * source * size)
+
+
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     # torch has the formula of this operator only under its CUDA name.
@@ -43,6 +51,7 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     _aten.mv: _vector_product_flops,
     _aten.dot: _vector_product_flops,
     _aten.addmv: _vector_addition_flops,
+    _aten._native_multi_head_attention: _fused_attention_flops,
 }
 
 

@@ -38,7 +38,8 @@ def number_to_string(value: float, unit: str = "", precision: int = 2) -> str:
     scale, prefix = next(((s, p) for s, p in _UNITS if abs(value) >= s), _UNITS[-1])
     if not unit and scale < 1:
         scale, prefix = 1.0, ""
-    digits = f"{value / scale:.{precision}f}"
+    whole = scale == 1.0 and float(value).is_integer()
+    digits = f"{value:.0f}" if whole else f"{value / scale:.{precision}f}"
     return f"{digits} {prefix}{unit}".strip()
 
 

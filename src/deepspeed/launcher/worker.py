@@ -1,0 +1,100 @@
+"""One rank's process, before and around the user's script.
+
+Run by path, as ``python -u worker.py LAUNCHER_PID KIND CORES TARGET ARGUMENTS...``, so that a script which needs no
+torch does not wait for it: only the standard library is imported here. In order: ask the kernel to end this process
+with its launcher, pin it to CORES (comma-separated, or ``-``), then run TARGET, whose KIND is ``script``, ``module``
+or ``program``. What ends the script early is written to the file that TORCHELASTIC_ERROR_FILE names, in the form of
+torch's own ``record`` decorator; a crash in native code leaves its Python stack in ``fault.txt`` beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+PR_SET_PDEATHSIG = 1
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Become the rank that the command line describes."""
+    launcher, kind, cores, *command = sys.argv[1:]
+    _die_with(int(launcher))
+    if cores != "-":
+        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+    if kind == "program":
+        _execute(command)
+    error_file = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+    sys.argv[:] = command
+    with (error_file.parent / "fault.txt").open("w") as faults:
+        faulthandler.enable(faults)
+        try:
+            _run(kind, command[0])
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+        except Exception as error:
+            _record(error, error_file)
+            sys.exit(1)
+        finally:
+            faulthandler.disable()
+
+
+def _die_with(launcher: int) -> None:
+    """No rank outlives its launcher, even one that was killed with SIGKILL and could not clean up."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died before the request above
+        sys.exit("the launcher is gone")
+
+
+def _execute(command: list[str]) -> NoReturn:
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        sys.exit(f"cannot run the program {command[0]}: {error.strerror}")
+
+
+def _run(kind: str, target: str) -> None:
+    if kind == "module":
+        sys.path[0] = str(Path.cwd())
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+        return
+    sys.path[0] = str(Path(target).resolve().parent)
+    runpy.run_path(target, run_name="__main__")
+
+
+def _record(error: Exception, error_file: Path) -> None:
+    """Leave the traceback to the launcher, which shows the first rank's and counts the others in one line each."""
+    if sys.excepthook is not sys.__excepthook__:  # the script has a way of its own to show errors
+        sys.excepthook(type(error), error, error.__traceback__)
+    if error_file.exists():  # the script is decorated with torch's record, which has written it
+        return
+    own = {__file__, runpy.__file__, "<frozen runpy>"}
+    tree = traceback.TracebackException.from_exception(error)
+    tree.stack = traceback.StackSummary.from_list([frame for frame in tree.stack if frame.filename not in own])
+    text = "".join(tree.format())
+    message = {
+        "message": f"{type(error).__name__}: {error}",
+        "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time())), "time": time.time()},
+    }
+    scratch = error_file.with_suffix(".part")
+    with contextlib.suppress(OSError):  # a full disk must not hide the error: it is then on stderr below
+        scratch.write_text(json.dumps({"message": message}))
+        scratch.replace(error_file)
+        return
+    sys.stderr.write(text)
+
+
+if __name__ == "__main__":
+    main()
