@@ -37,3 +37,9 @@ def test_torch_adam_is_torchs_own(mode, kind):
 def test_errors_name_the_key_and_the_remedy(kind, params, message):
     with pytest.raises(ValueError, match=message):
         build_optimizer(kind, params, groups())
+
+
+@pytest.mark.parametrize(("kind", "decay", "decoupled"), [("Adam", 0.0, False), ("AdamW", 0.01, True)])
+def test_adamw_is_always_decoupled_and_decays_by_default(kind, decay, decoupled):
+    group = build_optimizer(kind, {"adam_w_mode": False}, [{"params": [torch.zeros(2)]}]).param_groups[0]
+    assert (group["weight_decay"], group["adam_w_mode"]) == (decay, decoupled)

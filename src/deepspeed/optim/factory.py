@@ -36,10 +36,25 @@ def _adam(
     return kind(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
+def _adamw(
+    params: Iterable[Any],
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    bias_correction: bool = True,
+    adam_w_mode: bool = True,
+    torch_adam: bool = False,
+    amsgrad: bool = False,
+) -> torch.optim.Optimizer:
+    # Configurations in the wild carry adam_w_mode false under AdamW; the type's name has always decided there.
+    return _adam(params, lr, betas, eps, weight_decay, bias_correction, True, torch_adam, amsgrad)
+
+
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     **{kind.__name__: kind for kind in ELEMENTWISE},
     Adam.__name__: _adam,
-    AdamW.__name__: _adam,
+    AdamW.__name__: _adamw,
     "Lion": Lion,
     "Lamb": Lamb,
     "Muon": Muon,
