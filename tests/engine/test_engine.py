@@ -251,3 +251,24 @@ def test_every_optimizer_trains_alike_sharded_and_whole(ranks, kind):
     whole, sharded = (ranks(2, weights_after, stage, 1, config)[0] for stage in (0, 2))
     for name, value in whole.items():
         torch.testing.assert_close(sharded[name], value, rtol=1e-5, atol=1e-6)
+
+
+def with_client_adagrad() -> dict[str, torch.Tensor]:
+    model = make_model()
+    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}}
+    engine = deepspeed.initialize(model=model, optimizer=torch.optim.Adagrad(model.parameters(), lr=0.1), config=config)[0]
+    train(engine, 0, STEPS)
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def test_a_client_optimizer_is_sharded(ranks):
+    model = make_model()
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
+    for step in range(STEPS):
+        for index in range(2):
+            (model(batch(step * 2 + index)).square().mean() / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for result in ranks(2, with_client_adagrad):
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(result[name], value, rtol=1e-5, atol=1e-6)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..comm.communicator import Communicator
 from ..config import DeepSpeedConfig
 from ..memory.layout import FlatLayout, ParameterSpec
-from ..optim import build_optimizer, build_scheduler, split_parameter_groups
+from ..optim import build_optimizer, build_scheduler, has_stepped, split_parameter_groups
 from ..zero.optimizer import ShardedOptimizer
 from ..zero.parameters import FlatParameters
 from ..zero.policy import ZeroPolicy
@@ -191,7 +191,7 @@ def _inner_optimizer(
 ) -> torch.optim.Optimizer | None:
     client = request.optimizer
     if isinstance(client, torch.optim.Optimizer):
-        if client.state:
+        if has_stepped(client):
             raise ValueError(
                 f"the {type(client).__name__} given to deepspeed.initialize has already stepped; its state cannot be "
                 "sharded. Pass a new optimizer."
