@@ -26,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default=None, help="text file or directory; Python's standard library where absent")
     parser.add_argument("--output", default="runs/train_lm", help="directory of checkpoints and caches")
-    parser.add_argument("--steps", type=int, default=240, help="optimizer steps in all")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps in all")
     parser.add_argument("--stage", type=int, default=None, help="ZeRO stage; the configuration's where absent")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
     parser.add_argument("--layers", type=int, default=6)
