@@ -161,7 +161,6 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     gathered: list[dict[str, Any]] = [{} for _ in range(ranks)]
     dist.all_gather_object(gathered, figures)
     dist.barrier()
-    dist.destroy_process_group()
     return _merge(gathered, parameters=parameters, parameter_bytes=parameter_bytes)
 
 
@@ -280,7 +279,9 @@ def main() -> None:
         figures = train(options)
         if os.environ["RANK"] == "0" and options.json:
             options.json.write_text(json.dumps(figures))
-        return
+        sys.stdout.flush()
+        # Threads of the gloo backend that still run while the interpreter is torn down can abort a finished process.
+        os._exit(0)
     if options.compare:
         candidates = [Candidate.parse(text) for text in options.compare]
     else:
