@@ -1,4 +1,4 @@
-"""Which implementation a kernel runs on: the compiled core for CPU tensors, torch for everything else.
+"""Which implementation a kernel runs on: the compiled core for CPU tensors, torch's own kernels for everything else.
 
 The core takes addresses and trusts them, so the checks are here. It is compiled when the package is installed; without it
 (no compiler then, or ``DEEPSPEED_NATIVE=0`` now) everything works on torch's own kernels.
@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reference
+from . import fused, reference
 from .reference import AdamHyper
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -103,7 +103,8 @@ def adam_step(
         raise ValueError(f"hyper.step is {hyper.step}: Adam's steps count from 1")
     core = _core_for(*tensors.values()) if param.dtype == torch.float32 else None
     if core is None:
-        reference.adam_step(param, grad, exp_avg, exp_avg_sq, hyper=hyper, param_out=param_out)
+        step = fused.adam_step if fused.supports(param, hyper) else reference.adam_step
+        step(param, grad, exp_avg, exp_avg_sq, hyper=hyper, param_out=param_out)
         return
     first, second = hyper.corrections
     core.adam_step(

@@ -1,0 +1,3 @@
+#define KERNELS_NAME portable
+#define KERNELS_TABLE portable_kernels
+#include "kernels.inl"

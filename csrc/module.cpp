@@ -1,0 +1,142 @@
+// The Python module: picks the instruction set, shares the work among threads, releases the GIL.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "kernels.hpp"
+
+namespace nb = nanobind;
+
+namespace deepspeed {
+namespace {
+
+using Address = std::uintptr_t;
+
+// Elements below which a further thread costs more than it saves.
+constexpr std::size_t GRAIN = std::size_t{1} << 18;
+// Elements of one partial sum of squares. Fixed, so that the result does not depend on the number of threads.
+constexpr std::size_t NORM_BLOCK = std::size_t{1} << 16;
+
+std::vector<const Kernels*> supported() {
+    std::vector<const Kernels*> kernels{&portable_kernels};
+#ifdef DEEPSPEED_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2) kernels.push_back(&avx2_kernels);
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        kernels.push_back(&avx512_kernels);
+#endif
+    return kernels;
+}
+
+const Kernels*& active() {
+    static const Kernels* kernels = supported().back();
+    return kernels;
+}
+
+// Runs work(begin, end) over [0, numel) on up to `threads` threads, boundaries at multiples of `unit`.
+//
+// Threads are made for the call and end with it. OpenMP would bring a second runtime into the process next to the one
+// that torch bundles (two pools that oversubscribe the cores, and a fork hazard), and a pool of our own would hold idle
+// threads; a std::thread costs about 20 us against the milliseconds of work that GRAIN leaves to each.
+template <typename Work>
+void parallel(std::size_t numel, int threads, std::size_t unit, const Work& work) {
+    const std::size_t wanted = std::min<std::size_t>(std::max(threads, 1), std::max<std::size_t>(numel / GRAIN, 1));
+    const std::size_t share = ((numel + wanted - 1) / wanted + unit - 1) / unit * unit;
+    std::vector<std::thread> others;
+    others.reserve(wanted);
+    for (std::size_t begin = share; begin < numel; begin += share) {
+        const std::size_t end = std::min(begin + share, numel);
+        try {
+            others.emplace_back([&work, begin, end] { work(begin, end); });
+        } catch (const std::system_error&) {
+            work(begin, end);
+        }
+    }
+    work(0, std::min(share, numel));
+    for (std::thread& other : others) other.join();
+}
+
+void* at(Address address, Dtype dtype, std::size_t element) {
+    return address ? reinterpret_cast<char*>(address) + element * size_of(dtype) : nullptr;
+}
+
+void adam_step(Address param, Address grad, int grad_dtype, Address exp_avg, Address exp_avg_sq, Address out,
+               int out_dtype, std::size_t numel, double grad_scale, double decay, double l2, double beta1, double beta2,
+               double second, double eps, double step_size, int threads) {
+    const AdamNumbers numbers{static_cast<float>(grad_scale), static_cast<float>(decay),
+                              static_cast<float>(l2),         static_cast<float>(beta2),
+                              static_cast<float>(1 - beta1),  static_cast<float>(1 - beta2),
+                              static_cast<float>(second),     static_cast<float>(eps),
+                              static_cast<float>(step_size)};
+    const Dtype from = static_cast<Dtype>(grad_dtype), to = static_cast<Dtype>(out_dtype), f32 = Dtype::float32;
+    const Kernels* kernels = active();
+    parallel(numel, threads, 64, [&](std::size_t begin, std::size_t end) {
+        kernels->adam_step(static_cast<float*>(at(param, f32, begin)), at(grad, from, begin), from,
+                           static_cast<float*>(at(exp_avg, f32, begin)), static_cast<float*>(at(exp_avg_sq, f32, begin)),
+                           at(out, to, begin), to, end - begin, numbers);
+    });
+}
+
+void scaled_sum(const std::vector<Address>& inputs, int dtype, Address out, int out_dtype, std::size_t numel,
+                double scale, bool accumulate, int threads) {
+    std::vector<const void*> sources;
+    for (const Address input : inputs) sources.push_back(reinterpret_cast<const void*>(input));
+    const Kernels* kernels = active();
+    parallel(numel, threads, 64, [&](std::size_t begin, std::size_t end) {
+        kernels->scaled_sum(sources.data(), sources.size(), static_cast<Dtype>(dtype), reinterpret_cast<void*>(out),
+                            static_cast<Dtype>(out_dtype), begin, end, static_cast<float>(scale), accumulate);
+    });
+}
+
+double squared_sum(Address data, int dtype, std::size_t numel, int threads) {
+    const Dtype from = static_cast<Dtype>(dtype);
+    const Kernels* kernels = active();
+    std::vector<double> partial((numel + NORM_BLOCK - 1) / NORM_BLOCK);
+    parallel(numel, threads, NORM_BLOCK, [&](std::size_t begin, std::size_t end) {
+        for (std::size_t start = begin; start < end; start += NORM_BLOCK)
+            partial[start / NORM_BLOCK] =
+                kernels->squared_sum(at(data, from, start), from, std::min(NORM_BLOCK, end - start));
+    });
+    double total = 0.0;
+    for (const double sum : partial) total += sum;
+    return total;
+}
+
+}  // namespace
+}  // namespace deepspeed
+
+NB_MODULE(_core, module) {
+    using namespace deepspeed;
+    using namespace nb::literals;
+    module.doc() = "Kernels over flat CPU memory, given as addresses. Called by deepspeed.native only, which checks.";
+    module.def("instruction_sets", [] {
+        std::vector<std::string> names;
+        for (const Kernels* kernels : supported()) names.push_back(kernels->name);
+        return names;
+    }, "The instruction sets that this processor can run, slowest first.");
+    module.def("instruction_set", [] { return std::string(active()->name); }, "The one in use.");
+    module.def("select", [](const std::string& name) {
+        for (const Kernels* kernels : supported())
+            if (name == kernels->name) {
+                active() = kernels;
+                return;
+            }
+        throw nb::value_error(("this processor does not run the kernels named '" + name + "'").c_str());
+    }, "name"_a, "Use the named instruction set from now on.");
+    const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
+    module.def("adam_step", &adam_step, unlocked, "param"_a, "grad"_a, "grad_dtype"_a, "exp_avg"_a, "exp_avg_sq"_a,
+               "out"_a, "out_dtype"_a, "numel"_a, "grad_scale"_a, "decay"_a, "l2"_a, "beta1"_a, "beta2"_a, "second"_a,
+               "eps"_a, "step_size"_a, "threads"_a);
+    module.def("scaled_sum", &scaled_sum, unlocked, "inputs"_a, "dtype"_a, "out"_a, "out_dtype"_a, "numel"_a,
+               "scale"_a, "accumulate"_a, "threads"_a);
+    module.def("squared_sum", &squared_sum, unlocked, "data"_a, "dtype"_a, "numel"_a, "threads"_a);
+}
