@@ -18,6 +18,7 @@ _HOMES = {
     "initialize": "api",
     "add_config_arguments": "api",
     "init_distributed": "comm",
+    "get_accelerator": "accelerator",
     "DeepSpeedEngine": "engine.engine",
     "DeepSpeedConfig": "config",
 }

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from .accelerator import get_accelerator
 from .comm import init_distributed
 from .comm.communicator import Communicator
 from .config import DeepSpeedConfig, load_config
@@ -80,13 +81,11 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
 
 
 def _device(args: argparse.Namespace | None) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    index = getattr(args, "device_rank", None)
-    if index is None:
-        index = dist.get_node_local_rank(fallback_rank=0)
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+    accelerator = get_accelerator()
+    if accelerator.kind != "cpu":
+        index = getattr(args, "device_rank", None)
+        accelerator.set_device(dist.get_node_local_rank(fallback_rank=0) if index is None else index)
+    return torch.device(accelerator.current_device_name())
 
 
 def _dataloader(

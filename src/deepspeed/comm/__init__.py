@@ -6,7 +6,6 @@ import os
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import (
@@ -19,6 +18,8 @@ from torch.distributed import (
     is_initialized,
     new_group,
 )
+
+from ..accelerator import get_accelerator
 
 __all__ = [
     "all_gather",
@@ -49,7 +50,7 @@ def init_distributed(
     """
     if dist.is_initialized():
         return
-    backend = dist_backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    backend = dist_backend or get_accelerator().communication_backend_name()
     if "RANK" not in os.environ and init_method is None:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
