@@ -126,6 +126,7 @@ class DeepSpeed:
             "gradient_accumulation_steps": setup.accumulation,
             "zero_optimization": {"stage": setup.stage},
             "steps_per_print": 1_000_000,
+            "gradient_clipping": 0.0,
         }
         if setup.precision == "bf16":
             config["bf16"] = {"enabled": True}
