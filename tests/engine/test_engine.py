@@ -63,14 +63,6 @@ def test_adamw_of_the_configuration_is_torchs(ranks, stage):
             torch.testing.assert_close(result[name], value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("more", [{"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "loss_scale": 128}}])
-def test_sixteen_bit_training_follows_fp32(ranks, more):
-    exact = ranks(2, weights_after, 2, 1, ADAM)[0]
-    for name, value in ranks(2, weights_after, 2, 1, {**ADAM, **more})[0].items():
-        assert value.dtype in (torch.bfloat16, torch.float16)
-        torch.testing.assert_close(value.float(), exact[name], rtol=0.05, atol=0.02)
-
-
 def saved(directory: str, stage: int) -> dict[str, torch.Tensor]:
     engine = make_engine(stage, **ADAM)
     train(engine, 0, 2)

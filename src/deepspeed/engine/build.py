@@ -61,9 +61,7 @@ def build_layout(
     """The flat layout of the trainable parameters, with the dtypes that they have under ``precision``."""
     group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
     specs = [
-        ParameterSpec(
-            name, tuple(p.shape), str(precision.dtype_of(p)).removeprefix("torch."), group=group_of[id(p)]
-        )
+        ParameterSpec(name, tuple(p.shape), str(precision.dtype_of(p)).removeprefix("torch."), group=group_of[id(p)])
         for name, p in named.items()
     ]
     return FlatLayout.build(specs, shards=shards, bucket_numel=bucket_numel)
@@ -154,9 +152,7 @@ def build_sharded_optimizer(
         )
     policy = ZeroPolicy.for_stage(config.zero_optimization.stage)
     shards = communicator.size if policy.shard_optimizer else 1
-    layout = build_layout(
-        named, optimizer.param_groups, precision=precision, shards=shards, bucket_numel=bucket_numel(config)
-    )
+    layout = build_layout(named, optimizer.param_groups, precision=precision, shards=shards, bucket_numel=bucket_numel(config))
     flat = FlatParameters(layout, named, shard=communicator.rank if policy.shard_optimizer else 0)
     flat.move_in(communicator)
     moved = {id(p) for p in named.values()}
@@ -186,9 +182,7 @@ def build_lr_scheduler(scheduler: Any, optimizer: ShardedOptimizer | None, confi
     return build_scheduler(config.scheduler.type, config.scheduler.params, optimizer.optimizer)
 
 
-def _inner_optimizer(
-    module: nn.Module, request: OptimizerRequest, config: DeepSpeedConfig
-) -> torch.optim.Optimizer | None:
+def _inner_optimizer(module: nn.Module, request: OptimizerRequest, config: DeepSpeedConfig) -> torch.optim.Optimizer | None:
     client = request.optimizer
     if isinstance(client, torch.optim.Optimizer):
         if has_stepped(client):

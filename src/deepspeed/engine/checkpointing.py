@@ -175,9 +175,7 @@ def _staged(
     return staged
 
 
-def _overlapping(
-    pieces: list[tuple[int, str]], fragment: Fragment, reader: CheckpointReader
-) -> Iterator[tuple[int, Tensor]]:
+def _overlapping(pieces: list[tuple[int, str]], fragment: Fragment, reader: CheckpointReader) -> Iterator[tuple[int, Tensor]]:
     for start, name in sorted(pieces):
         if start < fragment.parameter_start + fragment.numel:
             values = reader.read(name)

@@ -87,9 +87,9 @@ class PrecisionPolicy:
 
 
 def build_loss_scaler(config: DeepSpeedConfig) -> LossScaler:
-    """The loss scaler that the section fp16 describes; none outside fp16."""
-    fp16 = config.fp16
-    if not fp16.enabled:
+    """The loss scaler that the section fp16 describes, for fp16 models and for autocast to fp16; none elsewhere."""
+    fp16, autocast = config.fp16, config.torch_autocast
+    if not fp16.enabled and not (autocast.enabled and _named(autocast.dtype) == torch.float16):
         return NoLossScaler()
     if fp16.loss_scale:
         return StaticLossScaler(fp16.loss_scale)

@@ -13,7 +13,6 @@ The inner ``torch.optim`` optimizer holds the flat slices in place of the model'
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -71,9 +70,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         self._overlap = overlap
         self._steps = 0
         self._names = tuple(flat.layout.homes)
-        self.shards = tuple(
-            FlatShard(flat.masters[bucket.index], bucket, flat.shard) for bucket in flat.layout.buckets
-        )
+        self.shards = tuple(FlatShard(flat.masters[bucket.index], bucket, flat.shard) for bucket in flat.layout.buckets)
         for index, group in enumerate(optimizer.param_groups):
             group["params"] = [shard.tensor for shard in self.shards if shard.bucket.group == index]
         self._stepper = make_stepper(optimizer, self.shards, reducer.communicator)
@@ -159,9 +156,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the slices are laid out once, at ``initialize``."""
-        raise RuntimeError(
-            "parameter groups cannot be added to a sharded optimizer; pass all groups to deepspeed.initialize"
-        )
+        raise RuntimeError("parameter groups cannot be added to a sharded optimizer; pass all groups to deepspeed.initialize")
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part: the inner optimizer's state, the fp32 slices, the loss scaler. To load it again, world
@@ -251,7 +246,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
             fragment.spec.name
             for shard, (_, gradient) in self._gradients()
             for fragment in shard.fragments
-            if not math.isfinite(gradient[fragment.slice_range].float().sum().item())
+            if not bool(gradient[fragment.slice_range].isfinite().all())
         ]
         if found or self.communicator.rank == 0:
             where = f" in {', '.join(found[:5])}{' and others' if len(found) > 5 else ''}" if found else ""

@@ -211,13 +211,15 @@ class GradientReducer:
 
     def _new_landing(self, state: _BucketGradient) -> Tensor:
         if self.policy.shard_gradients or state.launched:
-            return self._pool(state).take(state.bucket.numel)
+            # What is reduced at once is not added to; what waits for later backwards is.
+            dtype = self._model_dtype(state) if self._reducing else self._kept_dtype(state)
+            return self._pool(state, dtype).take(state.bucket.numel)
         if state.kept is None:
             state.kept = self._allocate(state, state.bucket.numel)
         return state.kept
 
-    def _pool(self, state: _BucketGradient) -> BufferPool:
-        dtype, device = self._model_dtype(state), self._device(state)
+    def _pool(self, state: _BucketGradient, dtype: torch.dtype) -> BufferPool:
+        device = self._device(state)
         if (dtype, device) not in self._pools:
             largest = max(other.bucket.numel for other in self._buckets)
             self._pools[dtype, device] = BufferPool(largest, dtype=dtype, device=device)
@@ -245,13 +247,11 @@ class GradientReducer:
                 landing[placement.start : placement.stop].zero_()
         for gap in state.bucket.gaps:
             landing[gap].zero_()
+        sent = landing.to(self._sent_dtype(state))
         state.landing = None
         state.written = set()
         state.launched = True
         self._complete_in_flight(MAXIMUM_IN_FLIGHT - 1 if self.settings.overlap else 0)
-        sent = landing
-        if self.settings.communication_dtype is not None and landing.dtype != self.settings.communication_dtype:
-            sent = landing.to(self.settings.communication_dtype)
         scale = 1.0 / self.settings.divide_after
         if self.policy.shard_optimizer and self.settings.reduce_scatter:
             operation = self.communicator.reduce_scatter(sent, scale=scale)
@@ -279,15 +279,24 @@ class GradientReducer:
         else:
             state.gradient = own
         if buffer is not state.kept:
-            self._pool(state).give_back(buffer)
+            self._pool(state, buffer.dtype).give_back(buffer)
 
     @property
     def _shard(self) -> int:
         return self.communicator.rank if self.policy.shard_optimizer else 0
 
     def _allocate(self, state: _BucketGradient, numel: int) -> Tensor:
-        dtype = self.settings.kept_dtype or self._model_dtype(state)
-        return torch.empty(numel, dtype=dtype, device=self._device(state))
+        return torch.empty(numel, dtype=self._kept_dtype(state), device=self._device(state))
+
+    def _sent_dtype(self, state: _BucketGradient) -> torch.dtype:
+        """The dtype of the next reduction: the same on all ranks, whatever has landed on this one."""
+        if self.settings.communication_dtype is not None:
+            return self.settings.communication_dtype
+        passing = self.policy.shard_gradients or state.launched
+        return self._model_dtype(state) if passing else self._kept_dtype(state)
+
+    def _kept_dtype(self, state: _BucketGradient) -> torch.dtype:
+        return self.settings.kept_dtype or self._model_dtype(state)
 
     def _model_dtype(self, state: _BucketGradient) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, state.bucket.dtype)
