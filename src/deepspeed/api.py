@@ -12,13 +12,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from . import __version__
 from .accelerator import get_accelerator
 from .comm import init_distributed
 from .comm.communicator import Communicator
 from .config import DeepSpeedConfig, load_config
 from .engine.build import OptimizerArgument, OptimizerRequest, build_lr_scheduler, build_sharded_optimizer
-from .engine.engine import DeepSpeedEngine, EngineParts
+from .engine.engine import DeepSpeedEngine
+from .engine.parts import EngineParts
 from .engine.precision import PrecisionPolicy
+from .logs import log_dist, logger
 from .monitor.monitor import MonitorMaster
 from .zero.optimizer import ShardedOptimizer
 
@@ -54,6 +57,7 @@ def initialize(
         init_distributed(distributed_port=distributed_port)
     communicator = Communicator()
     settings = load_config(source, world_size=communicator.size)
+    _announce(settings, communicator)
     precision = PrecisionPolicy.from_config(settings)
     device = _device(args)
     model.to(device)
@@ -78,6 +82,15 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     group.add_argument("--deepspeed_config", default=None, help="path of a ds_config.json")
     group.add_argument("--local_rank", type=int, default=-1, help="rank on this host, set by the launcher")
     return parser
+
+
+def _announce(config: DeepSpeedConfig, communicator: Communicator) -> None:
+    if config.sources.get("log_level") == "given":
+        logger.setLevel(config.log_level.upper())
+    zero, sizes = config.zero_optimization, f"{config.train_batch_size} samples per step"
+    log_dist(f"DeepSpeed info: version={__version__}, ZeRO stage {zero.stage}, {communicator.size} ranks, {sizes}", [0])
+    if config.dump_state:
+        log_dist(f"configuration:\n{config.model_dump_json(indent=2)}", [0])
 
 
 def _device(args: argparse.Namespace | None) -> torch.device:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import torch.distributed as dist
-
 
 class _WhereNobodyListens(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes to standard error unless the root logger has handlers, which get the record anyway."""
@@ -35,6 +33,8 @@ logger = _make_logger()
 def log_dist(message: str, ranks: Sequence[int] | None = None, level: int = logging.INFO) -> None:
     """Log ``message`` on the global ``ranks`` only, with the rank in front; on all where None or where -1 is among
     them. A process outside a process group is rank 0."""
+    from torch import distributed as dist
+
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     if ranks is None or rank in ranks or -1 in ranks:
         logger.log(level, "[Rank %d] %s", rank, message)

@@ -65,7 +65,7 @@ def write_checkpoint(
 
     try:
         for action in (prepare, write, publish):
-            _on_all_ranks(action, f"saving {directory / tag}", communicator)
+            on_all_ranks(action, f"saving {directory / tag}", communicator)
     except CheckpointError:
         if communicator.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -81,7 +81,7 @@ def write_latest(directory: Path, tag: str, communicator: Communicator) -> None:
             _write_text(temporary, tag)
             temporary.rename(directory / LATEST)
 
-    _on_all_ranks(write, f"writing {directory / LATEST}", communicator)
+    on_all_ranks(write, f"writing {directory / LATEST}", communicator)
 
 
 def read_latest(directory: Path) -> str | None:
@@ -130,7 +130,7 @@ def _file_name(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def _on_all_ranks(action: Callable[[], None], what: str, communicator: Communicator) -> None:
+def on_all_ranks(action: Callable[[], None], what: str, communicator: Communicator) -> None:
     """Run ``action`` on every rank; where one fails, raise on all."""
     failure = None
     try:

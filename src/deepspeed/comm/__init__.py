@@ -20,6 +20,8 @@ from torch.distributed import (
 )
 
 from ..accelerator import get_accelerator
+from ..logs import logger
+from .log import living_logs, merged
 
 __all__ = [
     "all_gather",
@@ -30,6 +32,7 @@ __all__ = [
     "get_world_size",
     "init_distributed",
     "is_initialized",
+    "log_summary",
     "new_group",
 ]
 
@@ -56,3 +59,10 @@ def init_distributed(
         return
     os.environ.setdefault("MASTER_PORT", str(distributed_port))
     dist.init_process_group(backend, init_method=init_method, timeout=timeout, **kwargs)
+
+
+def log_summary() -> None:
+    """Log, on rank 0, what it has communicated so far: count, volume, time and bandwidth by operation and message
+    size. The engine's own collectives are counted; those that a program calls itself are not."""
+    if not is_initialized() or get_rank() == 0:
+        logger.info("communication so far\n%s", merged(living_logs()).table())

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import native
-from .log import CommunicationLog
+from .log import CommunicationLog, remember
 
 
 class Pending(Protocol):
@@ -59,6 +59,7 @@ class Communicator:
         self.rank: int = dist.get_rank(group)
         self.size: int = dist.get_world_size(group)
         self.log = log if log is not None else CommunicationLog()
+        remember(self.log)
         self._point_to_point = dist.get_backend(group) == "gloo"
         self._ranks: list[int] = dist.get_process_group_ranks(group)
 

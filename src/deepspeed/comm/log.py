@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 
@@ -14,13 +16,20 @@ class Tally:
     wire_nbytes: int = 0
     seconds: float = 0.0
 
+    def add(self, other: Tally) -> None:
+        """Count ``other`` in."""
+        self.count += other.count
+        self.message_nbytes += other.message_nbytes
+        self.wire_nbytes += other.wire_nbytes
+        self.seconds += other.seconds
+
     @property
     def bandwidth(self) -> float:
         """Bytes per second that this rank sent, 0 where nothing was timed."""
         return self.wire_nbytes / self.seconds if self.seconds else 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class CommunicationLog:
     """Counts, volumes and times of collectives, by operation and message size in bytes.
 
@@ -33,37 +42,56 @@ class CommunicationLog:
     def add(self, operation: str, *, message_nbytes: int, wire_nbytes: int, seconds: float) -> None:
         """Count one finished operation."""
         tally = self.tallies.setdefault((operation, message_nbytes), Tally())
-        tally.count += 1
-        tally.message_nbytes += message_nbytes
-        tally.wire_nbytes += wire_nbytes
-        tally.seconds += seconds
+        tally.add(Tally(1, message_nbytes, wire_nbytes, seconds))
 
     def total(self, *operations: str) -> Tally:
         """The sum over all message sizes of the named operations (of all operations, where none is named)."""
         result = Tally()
         for (operation, _), tally in self.tallies.items():
             if not operations or operation in operations:
-                result.count += tally.count
-                result.message_nbytes += tally.message_nbytes
-                result.wire_nbytes += tally.wire_nbytes
-                result.seconds += tally.seconds
+                result.add(tally)
         return result
 
     def clear(self) -> None:
         """Start counting anew."""
         self.tallies.clear()
 
-    def table(self) -> str:
-        """The log as text, one line per operation and message size, largest volume first."""
+    def table(self, operations: Collection[str] | None = None) -> str:
+        """The log as text, one line per operation and message size, largest volume first; of ``operations`` alone
+        where given."""
         lines = [f"{'operation':<16}{'message':>12}{'count':>8}{'sent':>12}{'ms each':>10}{'GB/s':>8}"]
         ordered = sorted(self.tallies.items(), key=lambda item: -item[1].message_nbytes)
         for (operation, nbytes), tally in ordered:
+            if operations is not None and operation not in operations:
+                continue
             each = 1e3 * tally.seconds / tally.count
             lines.append(
                 f"{operation:<16}{_size(nbytes):>12}{tally.count:>8}{_size(tally.wire_nbytes):>12}"
                 f"{each:>10.2f}{tally.bandwidth / 1e9:>8.2f}"
             )
         return "\n".join(lines)
+
+
+def merged(logs: Iterable[CommunicationLog]) -> CommunicationLog:
+    """The sum of several logs."""
+    result = CommunicationLog()
+    for log in logs:
+        for key, tally in log.tallies.items():
+            result.tallies.setdefault(key, Tally()).add(tally)
+    return result
+
+
+_LIVING: weakref.WeakSet[CommunicationLog] = weakref.WeakSet()
+
+
+def remember(log: CommunicationLog) -> None:
+    """Let ``living_logs`` find ``log`` for as long as it is in use."""
+    _LIVING.add(log)
+
+
+def living_logs() -> list[CommunicationLog]:
+    """The log of every communicator that is in use in this process."""
+    return list(_LIVING)
 
 
 def _size(nbytes: float) -> str:

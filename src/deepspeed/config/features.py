@@ -41,8 +41,12 @@ class CheckpointConfig(Section):
     parallel_write: dict[str, Any] = Field(default_factory=dict, description="All ranks write at once: always so.")
 
 
-class CompileConfig(OpenSection):
-    """torch.compile."""
+class CompileConfig(OpenSection):  # type: ignore[no-redef]  # the plugin's __init__ has a **kwargs besides
+    """Compile the model by torch.compile when the engine is made."""
+
+    backend: str = Field("inductor", description="The backend of torch.compile.")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Further keyword arguments of torch.compile.")
+    deepcompile: bool = Field(False, description="DeepCompile.")
 
 
 class PipelineConfig(OpenSection):

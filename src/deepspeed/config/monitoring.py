@@ -51,11 +51,11 @@ class FlopsProfilerConfig(Section):
 
     enabled: bool = Field(False, description="Profile.")
     recompute_fwd_factor: float = Field(0.0, ge=0, description="1 where activation checkpointing recomputes forward.")
-    profile_step: Int = Field(1, ge=1, description="The global step that is profiled.")
+    profile_step: Int = Field(1, ge=0, description="Optimizer steps before the one that is profiled: the first is slow.")
     module_depth: Int = Field(-1, description="Depth to which modules are shown; -1 for all.")
     top_modules: Int = Field(1, ge=1, description="Modules shown per depth in the aggregated profile.")
     detailed: bool = Field(True, description="Print the table of all modules.")
-    output_file: str | None = Field(None, description="File to print to; the log where absent.")
+    output_file: str | None = Field(None, description="File to print to; standard output where absent.")
 
 
 class CommsLoggerConfig(Section):
@@ -63,9 +63,11 @@ class CommsLoggerConfig(Section):
 
     enabled: bool = Field(False, description="Print the table of collectives at the end.")
     verbose: bool = Field(False, description="Print the table at every reported step.")
-    prof_all: bool = Field(True, description="Record all operations: always so.")
+    prof_all: bool = Field(True, description="Show all operations.")
     debug: bool = Field(False, description="Record callers.")
-    prof_ops: list[str] = Field(default_factory=list, description="Operations to show; all where empty.")
+    prof_ops: list[str] = Field(
+        default_factory=list, description="Operations to show where prof_all is false: all_reduce, reduce_scatter ..."
+    )
 
 
 class TimersConfig(Section):

@@ -70,7 +70,7 @@ class DeepSpeedConfig(Section):
     steps_per_print: float | None = Field(None, description="Optimizer steps between log lines; none where absent.")
     wall_clock_breakdown: bool = Field(False, description="Log the time of forward, backward and step.")
     dump_state: bool = Field(False, description="Log the effective configuration at the start.")
-    log_level: str = Field("info", description="Level of the log.")
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = Field("info", description="Level of the log.")
     memory_breakdown: bool = Field(False, description="Log memory at each reported step.")
     dataloader_drop_last: bool = Field(False, description="Drop the last incomplete batch of the training data.")
     disable_allgather: bool = Field(False, description="An old switch; false is the only mode.")

@@ -94,12 +94,22 @@ UNBUILT: tuple[tuple[str, Predicate, str], ...] = (
         lambda c: bool(c.compression_training),
         "compression is not built yet; remove the section.",
     ),
+    ("compile.deepcompile", lambda c: c.compile.deepcompile, "DeepCompile is not built yet; set it to false."),
+    (
+        "compile",
+        lambda c: c.compile.enabled and bool(c.compile.model_extra),
+        "only enabled, backend and kwargs have an effect; remove the other keys.",
+    ),
+    (
+        "flops_profiler.recompute_fwd_factor",
+        lambda c: c.flops_profiler.recompute_fwd_factor != 0,
+        "only forward passes are measured, and what is recomputed in backward is not; leave it at 0.",
+    ),
+    ("comms_logger.debug", lambda c: c.comms_logger.debug, "callers are not recorded; set it to false."),
     ("datastates_ckpt", lambda c: bool(c.datastates_ckpt), "it is not built yet; remove the section."),
 )
 
 SWITCHES = (
-    "flops_profiler",
-    "comms_logger",
     "hybrid_engine",
     "autotuning",
     "sparse_attention",
@@ -111,12 +121,8 @@ SWITCHES = (
     "expert_parallel",
     "pipeline",
     "nebula",
-    "compile",
 )
 """Sections of features that are not built yet, each with a key ``enabled``."""
-
-PLAIN_SWITCHES = ("wall_clock_breakdown", "dump_state", "memory_breakdown")
-"""Top-level switches of features that are not built yet."""
 
 
 def unbuilt_problems(config: DeepSpeedConfig) -> list[Problem]:
@@ -125,9 +131,6 @@ def unbuilt_problems(config: DeepSpeedConfig) -> list[Problem]:
     for section in SWITCHES:
         if getattr(config, section).enabled:
             found.append(Problem(f"{section}.enabled", "this feature is not built yet; set it to false."))
-    for key in PLAIN_SWITCHES:
-        if getattr(config, key):
-            found.append(Problem(key, "this feature is not built yet; set it to false."))
     if config.optimizer is not None and config.optimizer.type.lower() not in map(str.lower, OPTIMIZERS):
         found.append(
             Problem("optimizer.type", f"found '{config.optimizer.type}'; the optimizers are {', '.join(OPTIMIZERS)}.")

@@ -94,7 +94,7 @@ def reduction_settings(config: DeepSpeedConfig, precision: PrecisionPolicy, *, r
         divide_before=before,
         divide_after=ranks / before,
         communication_dtype=precision.communication_dtype,
-        kept_dtype=precision.kept_gradient_dtype,
+        kept_dtype=precision.kept_dtype(config.gradient_accumulation_steps),
         overlap=zero.overlap_comm is not False,
         reduce_scatter=zero.reduce_scatter,
     )

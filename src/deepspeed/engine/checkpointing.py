@@ -20,6 +20,7 @@ from ..checkpoint.directory import CheckpointError, CheckpointReader, read_lates
 from ..memory.layout import Fragment
 from ..optim.sharding import FlatShard
 from ..zero.optimizer import ShardedOptimizer
+from .weights import frozen_parameters
 
 if TYPE_CHECKING:
     from .engine import DeepSpeedEngine
@@ -28,7 +29,13 @@ MASTER = "master"
 
 
 def save_training_checkpoint(
-    engine: DeepSpeedEngine, directory: Path, *, tag: str, client_state: dict[str, Any], save_latest: bool
+    engine: DeepSpeedEngine,
+    directory: Path,
+    *,
+    tag: str,
+    client_state: dict[str, Any],
+    save_latest: bool,
+    exclude_frozen_parameters: bool,
 ) -> None:
     """Write the engine's states under ``directory/tag``. Called on every rank."""
     tensors: dict[str, Tensor] = {}
@@ -44,8 +51,10 @@ def save_training_checkpoint(
     if engine.communicator.rank == 0:
         trained = set(optimizer.flat.parameters) if optimizer is not None else set()
         state = {name: value for name, value in engine.module.state_dict().items() if isinstance(value, Tensor)}
-        aliases = _aliases(engine) if optimizer is not None else set()
-        tensors |= {f"module/{n}": v.detach().clone() for n, v in state.items() if n not in trained | aliases}
+        left_out = trained | (_aliases(engine) if optimizer is not None else set())
+        if exclude_frozen_parameters:
+            left_out |= frozen_parameters(engine.module)
+        tensors |= {f"module/{n}": v.detach().clone() for n, v in state.items() if n not in left_out}
     counters = vars(engine.counters)
     scheduler = engine.lr_scheduler.state_dict() if hasattr(engine.lr_scheduler, "state_dict") else None
     index = {
@@ -72,6 +81,7 @@ def load_training_checkpoint(
     strict: bool,
     optimizer_states: bool,
     scheduler_states: bool,
+    counters: bool,
 ) -> tuple[str | None, dict[str, Any] | None]:
     """Load ``directory/tag``. Everything is read and checked before the first value of the engine changes."""
     tag = tag or read_latest(directory)
@@ -87,8 +97,9 @@ def load_training_checkpoint(
         _install(optimizer, staged, reader.index if optimizer_states else None)
     rest = {name.removeprefix("module/"): reader.read(name) for name in reader.names() if name.startswith("module/")}
     engine.module.load_state_dict(rest, strict=False)
-    for name, value in reader.index["counters"].items():
-        setattr(engine.counters, name, value)
+    if counters:
+        for name, value in reader.index["counters"].items():
+            setattr(engine.counters, name, value)
     if scheduler_states and engine.lr_scheduler is not None and reader.index["scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(reader.index["scheduler"])
     return str(path), reader.index["client_state"]

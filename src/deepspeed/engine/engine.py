@@ -9,86 +9,37 @@ once per micro-batch; the parameters change at every ``gradient_accumulation_ste
 
 from __future__ import annotations
 
-import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..comm.communicator import Communicator
-from ..config import DeepSpeedConfig
-from ..memory.estimate import ModelStateBytes
-from ..monitor.monitor import MonitorMaster
+from ..config.batch import BatchSizes
+from ..profiling.wall_clock import ThroughputTimer, WallClockTimers
 from ..zero.optimizer import ShardedOptimizer
-from .accounting import measure_model_states
+from .batches import check_loss, loss_of
 from .checkpointing import load_training_checkpoint, save_training_checkpoint
-from .precision import PrecisionPolicy
-
-logger = logging.getLogger("DeepSpeed")
-
-
-@dataclass
-class EngineParts:
-    """What :func:`deepspeed.initialize` puts together and the engine drives."""
-
-    config: DeepSpeedConfig
-    communicator: Communicator
-    precision: PrecisionPolicy
-    optimizer: ShardedOptimizer | None
-    lr_scheduler: Any
-    dataloader: Any
-    device: torch.device
-    monitor: MonitorMaster
+from .information import EngineInformation
+from .instruments import Instruments
+from .loader import RepeatingLoader
+from .parts import Accumulation, EngineParts
+from .weights import consolidated_state_dict, save_weights
 
 
-@dataclass
-class Counters:
-    """Where training stands. A micro-step is one forward and backward; a global step is one optimizer step, also a
-    skipped one."""
-
-    micro_steps: int = 0
-    global_steps: int = 0
-    global_samples: int = 0
-    skipped_steps: int = 0
-
-
-@dataclass
-class _Accumulation:
-    """Where the engine is between two optimizer steps."""
-
-    boundary: bool | None = None
-    synchronize: bool = True
-    backwards: int = 0
-    losses: list[Tensor] = field(default_factory=list)
-
-
-class DeepSpeedEngine(nn.Module):
+class DeepSpeedEngine(EngineInformation):
     """Wraps a module for training. Attributes that the engine does not have are the module's."""
 
     def __init__(self, module: nn.Module, parts: EngineParts):
-        super().__init__()
-        self.module = module
-        self.optimizer = parts.optimizer
-        self.lr_scheduler = parts.lr_scheduler
-        self.training_dataloader = parts.dataloader
-        self.device = parts.device
-        self.counters = Counters()
-        self.settings = parts.config
-        self._parts = parts
-        self._accumulation = _Accumulation()
+        super().__init__(module, parts)
+        self._instruments = Instruments(parts.config, parts.communicator)
         self._batches: Iterator[Any] | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "module":
-                raise
-            return getattr(self.module, name)
+        self._compiled = False
+        if parts.config.compile.enabled:
+            self.compile(parts.config.compile.backend, parts.config.compile.kwargs)
 
     # -- the training step -------------------------------------------------------------------------------------------
 
@@ -97,7 +48,10 @@ class DeepSpeedEngine(nn.Module):
         precision = self._parts.precision
         if precision.cast_inputs:
             args, kwargs = precision.cast(args), precision.cast(kwargs)
-        with precision.autocast(self.device.type):
+        training = self.optimizer is not None and torch.is_grad_enabled()
+        if training:
+            self._instruments.begin(self)
+        with precision.autocast(self.device.type), self._instruments.timed("forward") if training else nullcontext():
             return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True, **kwargs: Any) -> Tensor:
@@ -108,15 +62,15 @@ class DeepSpeedEngine(nn.Module):
         that is not a scalar with a gradient.
         """
         optimizer = self._training_optimizer("backward")
-        _check_loss(loss)
+        check_loss(loss)
         scale = optimizer.loss_scale
         if scale_wrt_gas:
             scale /= self.gradient_accumulation_steps()
-        sharded = optimizer.policy.shard_gradients
-        reduce = self._accumulation.synchronize and (sharded or self.is_gradient_accumulation_boundary())
-        optimizer.reducer.begin(reduce=reduce)
-        (loss * scale if scale != 1.0 else loss).backward(retain_graph=retain_graph, **kwargs)
-        optimizer.reducer.finish()
+        optimizer.reducer.begin(reduce=self._reduces(optimizer))
+        with self._instruments.timed("backward"):
+            (loss * scale if scale != 1.0 else loss).backward(retain_graph=retain_graph, **kwargs)
+        with self._instruments.timed("reduce"):
+            optimizer.reducer.finish()
         self._accumulation.backwards += 1
         self._accumulation.losses.append(loss.detach())
         return loss
@@ -133,12 +87,16 @@ class DeepSpeedEngine(nn.Module):
             raise RuntimeError("engine.step() was called inside no_sync(): leave the context before the last backward")
         boundary = self.is_gradient_accumulation_boundary()
         self.counters.micro_steps += 1
+        self._accumulation.micro_steps += 1
         self._accumulation.backwards = 0
         if boundary:
-            self._optimizer_step(optimizer, lr_kwargs or {})
+            with self._instruments.timed("step"):
+                optimizer.step()
+        self._instruments.end(boundary=boundary)
+        if boundary:
+            self._after_optimizer_step(optimizer, lr_kwargs or {})
 
-    def _optimizer_step(self, optimizer: ShardedOptimizer, lr_kwargs: Mapping[str, Any]) -> None:
-        optimizer.step()
+    def _after_optimizer_step(self, optimizer: ShardedOptimizer, lr_kwargs: Mapping[str, Any]) -> None:
         counters = self.counters
         counters.global_steps += 1
         counters.global_samples += self.train_batch_size()
@@ -146,19 +104,10 @@ class DeepSpeedEngine(nn.Module):
             counters.skipped_steps += 1
         elif self.lr_scheduler is not None:
             self.lr_scheduler.step(**lr_kwargs)
-        every = self.steps_per_print()
-        if every and counters.global_steps % every == 0 and self.communicator.rank == 0:
-            logger.info(
-                "step=%d, skipped=%d, lr=%s, loss=%.4f, grad_norm=%.4f",
-                counters.global_steps,
-                counters.skipped_steps,
-                self.get_lr(),
-                torch.stack(self._accumulation.losses).float().mean().item(),
-                self.get_global_grad_norm(),
-            )
+        self._instruments.report(counters.global_steps, self._progress)
         if self._parts.monitor.enabled:
             self._write_events(optimizer)
-        self._accumulation.losses.clear()
+        self._accumulation.start_over()
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """Train on one batch: ``gradient_accumulation_steps`` micro-batches of ``data_iter`` (the engine's own
@@ -169,7 +118,7 @@ class DeepSpeedEngine(nn.Module):
         """
         losses = []
         for _ in range(self.gradient_accumulation_steps()):
-            loss = self._loss_of(self._next_batch(data_iter))
+            loss = loss_of(self, self._next_batch(data_iter))
             self.backward(loss)
             losses.append(loss.detach())
             self.step()
@@ -182,7 +131,7 @@ class DeepSpeedEngine(nn.Module):
         training = self.module.training
         self.module.eval()
         try:
-            losses = [self._loss_of(next(data_iter)) for _ in range(self.gradient_accumulation_steps())]
+            losses = [loss_of(self, next(data_iter)) for _ in range(self.gradient_accumulation_steps())]
         finally:
             self.module.train(training)
         return torch.stack(losses).mean()
@@ -198,11 +147,17 @@ class DeepSpeedEngine(nn.Module):
         finally:
             self._accumulation.synchronize = before
 
-    def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether this micro-step is the last before an update."""
-        if self._accumulation.boundary is not None:
-            return self._accumulation.boundary
-        return (self.counters.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+    @contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """Backwards inside belong to one micro-step, whose gradients are reduced once, at the end of the context.
+        Costs whole gradients meanwhile at a stage that shards them."""
+        optimizer = self._training_optimizer("coalesce_grad_reduction")
+        with self.no_sync():
+            yield
+        if self._reduces(optimizer):
+            with self._instruments.timed("reduce"):
+                optimizer.reducer.begin(reduce=True)
+                optimizer.reducer.finish()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Say by hand whether this micro-step is the last before an update; from then on the engine does not count."""
@@ -215,95 +170,42 @@ class DeepSpeedEngine(nn.Module):
         for parameter in self.module.parameters():
             parameter.grad = None
 
+    def empty_partition_cache(self) -> None:
+        """Free what a stage keeps of gathered parameters; stages 0 to 2 gather none."""
+
     def scale(self, loss: Tensor) -> Tensor:
         """``loss`` times the loss scale, for those who call ``backward`` on it themselves."""
         return loss * self._training_optimizer("scale").loss_scale
 
-    # -- numbers -----------------------------------------------------------------------------------------------------
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Train on ``train_batch_size`` samples per optimizer step from now on, by accumulating over more or fewer
+        micro-steps. Call it between optimizer steps. Raises ValueError for what is no multiple of one micro-step."""
+        samples = self._batch.micro * self.communicator.size
+        if train_batch_size < samples or train_batch_size % samples:
+            raise ValueError(
+                f"train_batch_size {train_batch_size} is not a multiple of {samples}: {self._batch.micro} samples per "
+                f"micro-step on each of {self.communicator.size} ranks"
+            )
+        self._set_batch(BatchSizes(train_batch_size, self._batch.micro, train_batch_size // samples))
 
-    def get_global_grad_norm(self) -> float | None:
-        """The norm of the last step's gradient over all parameters and ranks, before clipping; None before a step."""
-        outcome = self.optimizer.outcome if self.optimizer is not None else None
-        return outcome.norm if outcome is not None else None
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Say that a micro-step has ``micro_batch_size`` samples on each rank from now on; the number of micro-steps
+        stays, and so does the engine's own data loader."""
+        if micro_batch_size < 1:
+            raise ValueError(f"the micro-batch size must be at least 1 sample, got {micro_batch_size}")
+        steps = self._batch.accumulation
+        self._set_batch(BatchSizes(micro_batch_size * steps * self.communicator.size, micro_batch_size, steps))
 
-    def get_lr(self) -> list[float]:
-        """The learning rate of each parameter group."""
-        return [float(group["lr"]) for group in self.optimizer.param_groups] if self.optimizer is not None else []
-
-    def model_state_bytes(self) -> ModelStateBytes:
-        """Bytes of this rank's model states, measured from the storages that live now."""
-        return measure_model_states(self.module, self.optimizer)
-
-    @property
-    def global_steps(self) -> int:
-        """Optimizer steps so far, skipped ones included."""
-        return self.counters.global_steps
-
-    @property
-    def micro_steps(self) -> int:
-        """Forward-backward passes so far."""
-        return self.counters.micro_steps
-
-    @property
-    def global_samples(self) -> int:
-        """Samples that all ranks together have trained on."""
-        return self.counters.global_samples
-
-    @property
-    def skipped_steps(self) -> int:
-        """Optimizer steps that were skipped because of a non-finite gradient."""
-        return self.counters.skipped_steps
-
-    @property
-    def communicator(self) -> Communicator:
-        """The data-parallel ranks, with the log of what they exchanged."""
-        return self._parts.communicator
-
-    @property
-    def data_parallel_group(self) -> Any:
-        """The process group of the data-parallel ranks."""
-        return self._parts.communicator.group or torch.distributed.group.WORLD
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The configuration as it was given."""
-        return self.settings.raw
-
-    def train_batch_size(self) -> int:
-        """Samples of one optimizer step over all ranks."""
-        return self.settings.train_batch_size
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Samples of one micro-step on one rank."""
-        return self.settings.train_micro_batch_size_per_gpu
-
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-steps of one optimizer step."""
-        return self.settings.gradient_accumulation_steps
-
-    def zero_optimization_stage(self) -> int:
-        """The ZeRO stage."""
-        return self.settings.zero_optimization.stage
-
-    def fp16_enabled(self) -> bool:
-        """Whether the model is trained in fp16."""
-        return self.settings.fp16.enabled
-
-    def bfloat16_enabled(self) -> bool:
-        """Whether the model is trained in bf16."""
-        return self.settings.bf16.enabled
-
-    def gradient_clipping(self) -> float:
-        """The norm to which gradients are clipped, 0 for none."""
-        return self.settings.gradient_clipping
-
-    def steps_per_print(self) -> float | None:
-        """Optimizer steps between two lines in the log."""
-        return self.settings.steps_per_print
-
-    def zero_gather_16bit_weights_on_model_save(self) -> bool:
-        """Whether ``save_16bit_model`` gathers sharded weights."""
-        return self.settings.zero_optimization.stage3_gather_16bit_weights_on_model_save
+    def _set_batch(self, sizes: BatchSizes) -> None:
+        if self._accumulation.micro_steps:
+            raise RuntimeError(
+                f"batch sizes change between optimizer steps; {self._accumulation.micro_steps} micro-steps of this one "
+                "have passed"
+            )
+        self._batch = sizes
+        self._instruments.throughput.batch_size = sizes.train
+        if self.optimizer is not None:
+            self.optimizer.reducer.accumulate_in(self._parts.precision.kept_dtype(sizes.accumulation))
 
     # -- saving, loading, ending -------------------------------------------------------------------------------------
 
@@ -313,11 +215,14 @@ class DeepSpeedEngine(nn.Module):
         tag: str | None = None,
         client_state: Mapping[str, Any] | None = None,
         save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
     ) -> bool:
         """Save all states under ``save_dir/tag`` (``global_step<N>`` where None). Called on every rank.
 
         The checkpoint appears whole or not at all; ``latest`` names it afterwards where ``save_latest``.
-        ``client_state`` (JSON-like values and tensors) comes back from ``load_checkpoint``. Returns True.
+        ``client_state`` (JSON-like values and tensors) comes back from ``load_checkpoint``. With
+        ``exclude_frozen_parameters`` parameters that are not trained stay out: a load keeps the model's own. Returns
+        True.
         """
         save_training_checkpoint(
             self,
@@ -325,6 +230,7 @@ class DeepSpeedEngine(nn.Module):
             tag=str(tag) if tag is not None else f"global_step{self.global_steps}",
             client_state=dict(client_state or {}),
             save_latest=save_latest,
+            exclude_frozen_parameters=exclude_frozen_parameters,
         )
         return True
 
@@ -340,20 +246,44 @@ class DeepSpeedEngine(nn.Module):
         """Load the checkpoint ``tag`` (the one that ``latest`` names where None), saved at any world size and stage.
 
         Returns its path and the client state, or ``(None, None)`` where ``load_dir`` has no checkpoint. A damaged
-        one raises, and leaves the engine as it was.
+        one raises, and leaves the engine as it was. ``load_module_only`` leaves the counters as they are, too.
         """
-        return load_training_checkpoint(
+        loaded = load_training_checkpoint(
             self,
             Path(load_dir),
             tag=str(tag) if tag is not None else None,
             strict=load_module_strict,
             optimizer_states=load_optimizer_states and not load_module_only,
             scheduler_states=load_lr_scheduler_states and not load_module_only,
+            counters=not load_module_only,
         )
+        self._accumulation.start_over()
+        return loaded
+
+    def save_16bit_model(
+        self,
+        save_dir: str | Path,
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write the model's weights alone, in its dtype, to ``save_dir/save_filename``: as safetensors where the name
+        ends so, else as ``torch.save`` does. Called on every rank; rank 0 writes. Returns True."""
+        state = self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
+        save_weights(Path(save_dir) / save_filename, state, self.communicator)
+        return True
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> OrderedDict[str, Tensor] | None:
+        """The module's state dict on CPU on rank 0, None on the others. Integrations call it by this name."""
+        return consolidated_state_dict(self.module, self.communicator, exclude_frozen_parameters=exclude_frozen_parameters)
+
+    _consolidated_16bit_state_dict = _zero3_consolidated_16bit_state_dict
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The module's ``load_state_dict``; the fp32 masters follow."""
-        result = self.module.load_state_dict(state_dict, *args, **kwargs)
+        """Load what ``state_dict`` of the module or of the engine returned; the fp32 masters follow."""
+        if any(name in state_dict for name in self.module.state_dict()):
+            result = self.module.load_state_dict(state_dict, *args, **kwargs)
+        else:
+            result = super().load_state_dict(state_dict, *args, **kwargs)
         if self.optimizer is not None:
             self.optimizer.flat.masters_from_parameters()
         return result
@@ -361,25 +291,55 @@ class DeepSpeedEngine(nn.Module):
     def compile(self, backend: str | Callable[..., Any] = "inductor", compile_kwargs: Any = None) -> None:
         """Compile the module in place with ``torch.compile``."""
         self.module.compile(backend=backend, **(compile_kwargs or {}))
+        self._compiled = True
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether ``compile`` has been called; torch compiles at the forward that follows."""
+        return self._compiled
 
     def destroy(self) -> None:
         """Take the engine's hooks off the module and free gradients and optimizer states. The module keeps its
         parameters and may be given to ``initialize`` again."""
         if self.optimizer is not None:
             self.optimizer.close()
+        self._instruments.close()
         self._parts.monitor.close()
         self._batches = None
-        self._accumulation = _Accumulation()
+        self._accumulation = Accumulation()
 
-    # -- small helpers -----------------------------------------------------------------------------------------------
+    # -- measuring ---------------------------------------------------------------------------------------------------
+
+    @property
+    def tput_timer(self) -> ThroughputTimer:
+        """Samples per second, forward to step."""
+        return self._instruments.throughput
+
+    @property
+    def timers(self) -> WallClockTimers:
+        """The times of ``wall_clock_breakdown``: forward, backward, reduce and step."""
+        return self._instruments.timers
+
+    def _progress(self) -> str:
+        return (
+            f"step={self.global_steps}, skipped={self.skipped_steps}, lr={self.get_lr()}, "
+            f"loss={self._accumulation.mean_loss():.4f}, grad_norm={self.get_global_grad_norm():.4f}"
+        )
 
     def _write_events(self, optimizer: ShardedOptimizer) -> None:
         samples = self.counters.global_samples
-        loss = torch.stack(self._accumulation.losses).float().mean().item()
+        loss = self._accumulation.mean_loss()
         events = [("Train/Samples/train_loss", loss, samples), ("Train/Samples/lr", self.get_lr()[0], samples)]
         if self.fp16_enabled():
             events.append(("Train/Samples/loss_scale", optimizer.loss_scale, samples))
         self._parts.monitor.write_events(events)
+
+    # -- small helpers -----------------------------------------------------------------------------------------------
+
+    def _reduces(self, optimizer: ShardedOptimizer) -> bool:
+        """Whether this micro-step's backward ends with reduced gradients."""
+        sharded = optimizer.policy.shard_gradients
+        return self._accumulation.synchronize and (sharded or self.is_gradient_accumulation_boundary())
 
     def _training_optimizer(self, call: str) -> ShardedOptimizer:
         if self.optimizer is None:
@@ -395,29 +355,5 @@ class DeepSpeedEngine(nn.Module):
         if self._batches is None:
             if self.training_dataloader is None:
                 raise ValueError("train_batch() needs a data_iter, or training_data given to deepspeed.initialize")
-            self._batches = iter(self.training_dataloader)
+            self._batches = RepeatingLoader(self.training_dataloader)
         return next(self._batches)
-
-    def _loss_of(self, batch: Any) -> Tensor:
-        if isinstance(batch, Mapping):
-            output = self(**batch)
-        elif isinstance(batch, (list, tuple)):
-            output = self(*batch)
-        else:
-            output = self(batch)
-        if isinstance(output, Tensor):
-            return output
-        loss: Tensor = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None) or output[0]
-        return loss
-
-
-def _check_loss(loss: object) -> None:
-    if not isinstance(loss, Tensor):
-        raise ValueError(f"engine.backward(loss) needs a tensor, got {type(loss).__name__}")
-    if loss.numel() != 1:
-        raise ValueError(f"engine.backward(loss) needs a scalar, got shape {tuple(loss.shape)}: reduce it, as by .mean()")
-    if not loss.requires_grad:
-        raise ValueError(
-            "engine.backward(loss): the loss has no gradient; it does not depend on a trainable parameter, or was "
-            "computed under torch.no_grad()"
-        )

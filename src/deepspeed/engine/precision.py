@@ -32,7 +32,7 @@ class PrecisionPolicy:
 
     model_dtype: torch.dtype | None = None
     autocast_dtype: torch.dtype | None = None
-    kept_gradient_dtype: torch.dtype | None = None
+    gradient_dtype: torch.dtype | None = None
     communication_dtype: torch.dtype | None = None
     cast_inputs: bool = False
 
@@ -42,19 +42,22 @@ class PrecisionPolicy:
 
         Gradients of a 16-bit model are kept in fp32 while several micro-batches accumulate, unless
         ``data_types.grad_accum_dtype`` says otherwise; with a single micro-batch there is nothing to accumulate and
-        they keep the model's dtype.
+        they keep the model's dtype (:meth:`kept_dtype`).
         """
         model_dtype = torch.float16 if config.fp16.enabled else torch.bfloat16 if config.bf16.enabled else None
-        kept = _named(config.data_types.grad_accum_dtype)
-        if kept is None and model_dtype is not None and config.gradient_accumulation_steps > 1:
-            kept = torch.float32
         return PrecisionPolicy(
             model_dtype=model_dtype,
             autocast_dtype=_named(config.torch_autocast.dtype) if config.torch_autocast.enabled else None,
-            kept_gradient_dtype=kept,
+            gradient_dtype=_named(config.data_types.grad_accum_dtype),
             communication_dtype=_named(config.communication_data_type),
             cast_inputs=config.fp16.enabled and config.fp16.auto_cast,
         )
+
+    def kept_dtype(self, accumulation_steps: int) -> torch.dtype | None:
+        """The dtype in which gradients are kept over ``accumulation_steps`` micro-batches; None for the model's."""
+        if self.gradient_dtype is None and self.model_dtype is not None and accumulation_steps > 1:
+            return torch.float32
+        return self.gradient_dtype
 
     def dtype_of(self, tensor: Tensor) -> torch.dtype:
         """The dtype that ``tensor``, a parameter or buffer of the model, has under this policy."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -161,6 +161,14 @@ class GradientReducer:
             parameter.grad = None
         self.used.clear()
         self._reducing = self._reduced = False
+
+    def accumulate_in(self, dtype: torch.dtype | None) -> None:
+        """Keep gradients in ``dtype`` (the model's where None) from the next step on. Forgets present ones."""
+        if dtype != self.settings.kept_dtype:
+            self.clear()
+            self.settings = replace(self.settings, kept_dtype=dtype)
+            for state in self._buckets:
+                state.kept = None
 
     def buffers(self) -> Iterator[Tensor]:
         """Every gradient buffer that is allocated now, for accounting."""
