@@ -25,13 +25,35 @@ LR, MOMENTUM, DECAY = 0.1, 0.9, 0.01
 Run = Callable[..., list[Any]]
 
 
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
+
+
+def default_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return sgd([p for p in model.parameters() if p.requires_grad])
+
+
+def no_scheduler(optimizer: torch.optim.Optimizer) -> None:
+    return None
+
+
+def no_arguments(model: nn.Module) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Training:
+    """``config`` and ``arguments(model)``, more keywords of ``initialize``, are for the engine, whose optimizer is SGD
+    where neither says otherwise; ``optimizer(model)`` and ``scheduler(optimizer)`` are for plain PyTorch."""
+
     make_model: Callable[[], nn.Module]
     micro_step: Callable[[nn.Module, int, Callable[..., object]], None]
     steps: int = 3
     accumulation: int = 1
     config: Mapping[str, object] = field(default_factory=dict)
+    arguments: Callable[[nn.Module], dict[str, Any]] = no_arguments
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = default_optimizer
+    scheduler: Callable[[torch.optim.Optimizer], Any] = no_scheduler
 
 
 @dataclass(frozen=True)
@@ -55,13 +77,10 @@ def seeded_model(training: Training) -> nn.Module:
     return training.make_model()
 
 
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
-
-
 def train_plain(training: Training, ranks: int) -> Result:
     model = seeded_model(training)
-    optimizer = sgd([p for p in model.parameters() if p.requires_grad])
+    optimizer = training.optimizer(model)
+    scheduler = training.scheduler(optimizer)
     micros = ranks * training.accumulation
     norms = []
 
@@ -72,12 +91,15 @@ def train_plain(training: Training, ranks: int) -> Result:
         for micro in range(micros):
             training.micro_step(model, step * micros + micro, backward)
         clip = float(str(training.config.get("gradient_clipping", 0))) or float("inf")
-        gradients = [p.grad.double().norm() for p in model.parameters() if p.grad is not None]
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad.double().norm() for p in trained if p.grad is not None]
         norms.append(float(torch.stack(gradients).norm()))
         if norms[-1] > clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            torch.nn.utils.clip_grad_norm_(trained, clip)
         optimizer.step()
         optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
     return Result(state_of(model), norms)
 
 
@@ -89,7 +111,9 @@ def make_engine(training: Training, stage: int) -> deepspeed.DeepSpeedEngine:
         **training.config,
     }
     zero = {"stage": stage, "reduce_bucket_size": 200, **config.get("zero_optimization", {})}  # type: ignore[dict-item]
-    return deepspeed.initialize(model=seeded_model(training), config={**config, "zero_optimization": zero})[0]
+    model = seeded_model(training)
+    arguments = training.arguments(model)
+    return deepspeed.initialize(model=model, config={**config, "zero_optimization": zero}, **arguments)[0]
 
 
 def train_engine(training: Training, stage: int) -> Result:

@@ -49,20 +49,6 @@ def weights_after(stage: int, accumulation: int, more: dict[str, object]) -> dic
 ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}}
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_adamw_of_the_configuration_is_torchs(ranks, stage):
-    model = make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-    for step in range(STEPS):
-        for index in range(2):
-            (model(batch(step * 2 + index)).square().mean() / 2).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    for result in ranks(2, weights_after, stage, 1, ADAM):
-        for name, value in model.state_dict().items():
-            torch.testing.assert_close(result[name], value, rtol=1e-5, atol=1e-6)
-
-
 def saved(directory: str, stage: int) -> dict[str, torch.Tensor]:
     engine = make_engine(stage, **ADAM)
     train(engine, 0, 2)
@@ -201,32 +187,3 @@ def test_the_engine_writes_loss_and_learning_rate_to_its_monitors(ranks, tmp_pat
     files = {path.name: path.read_text().splitlines() for path in (tmp_path / "job").iterdir()}
     assert sorted(files) == ["Train_Samples_lr.csv", "Train_Samples_train_loss.csv"]
     assert files["Train_Samples_lr.csv"][1:] == ["8,0.1", "16,0.1"]
-
-
-@pytest.mark.parametrize("kind", ["Adam", "Adagrad", "Lion", "LAMB", "Muon"])
-def test_every_optimizer_trains_alike_sharded_and_whole(ranks, kind):
-    config = {"optimizer": {"type": kind, "params": {"lr": 0.01}}}
-    whole, sharded = (ranks(2, weights_after, stage, 1, config)[0] for stage in (0, 2))
-    for name, value in whole.items():
-        torch.testing.assert_close(sharded[name], value, rtol=1e-5, atol=1e-6)
-
-
-def with_client_adagrad() -> dict[str, torch.Tensor]:
-    model = make_model()
-    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}}
-    engine = deepspeed.initialize(model=model, optimizer=torch.optim.Adagrad(model.parameters(), lr=0.1), config=config)[0]
-    train(engine, 0, STEPS)
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def test_a_client_optimizer_is_sharded(ranks):
-    model = make_model()
-    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
-    for step in range(STEPS):
-        for index in range(2):
-            (model(batch(step * 2 + index)).square().mean() / 2).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    for result in ranks(2, with_client_adagrad):
-        for name, value in model.state_dict().items():
-            torch.testing.assert_close(result[name], value, rtol=1e-5, atol=1e-6)
