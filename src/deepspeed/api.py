@@ -85,7 +85,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
 
 
 def _announce(config: DeepSpeedConfig, communicator: Communicator) -> None:
-    if config.sources.get("log_level") == "given":
+    if config.log_level is not None:
         logger.setLevel(config.log_level.upper())
     zero, sizes = config.zero_optimization, f"{config.train_batch_size} samples per step"
     log_dist(f"DeepSpeed info: version={__version__}, ZeRO stage {zero.stage}, {communicator.size} ranks, {sizes}", [0])

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 import deepspeed
-from deepspeed.config import ConfigError, load_config
 
 STEPS = 3
 
@@ -138,41 +137,6 @@ def disagree() -> str:
 def test_ranks_that_disagree_on_the_model_all_say_so(ranks):
     for message in ranks(2, disagree):
         assert "'weight: (8, 4) torch.float32'" in message and "'weight: (9, 4) torch.float32'" in message
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"gradient_clipp1ng": 1.0}, "Did you mean 'gradient_clipping'"),
-        ({"zero_optimization": {"stge": 2}}, "zero_optimization.stge"),
-        ({"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2}, "not a multiple"),
-        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both are true"),
-        ({"zero_optimization": {"stage": 3}}, "stage 3 is not built yet"),
-        ({"optimizer": {"type": "Adamm"}}, "the optimizers are"),
-        ({"fp16": {"enabled": "perhaps"}}, "fp16.enabled"),
-    ],
-)
-def test_a_wrong_configuration_names_the_key(config, message):
-    with pytest.raises(ConfigError, match=message):
-        load_config(config)
-
-
-def test_auto_values_numeric_strings_and_dotted_keys_are_understood():
-    config = load_config(
-        {
-            "train_batch_size": "auto",
-            "train_micro_batch_size_per_gpu": 4,
-            "gradient_clipping": "auto",
-            "zero_optimization": {"stage": 2, "reduce_bucket_size": "5e7", "offload_optimizer": False},
-            "zero_optimization.allgather_bucket_size": 2e8,
-            "steps_per_print": float("inf"),
-        },
-        world_size=2,
-    )
-    assert config.train_batch_size == 8
-    assert config.gradient_clipping == 0.0
-    assert config.zero_optimization.reduce_bucket_size == 50_000_000
-    assert config.zero_optimization.allgather_bucket_size == 200_000_000
 
 
 def monitored(directory: str) -> None:

@@ -178,7 +178,7 @@ def announced(level: str) -> list[str]:
 def test_the_first_rank_announces_the_run_and_dumps_the_effective_configuration(ranks):
     first, second = ranks(2, announced, "info")
     assert "DeepSpeed info: version=" in first[0] and "ZeRO stage 1, 2 ranks, 8 samples per step" in first[0]
-    assert '"train_batch_size": 8' in first[1] and '"allgather_bucket_size": 500000000' in first[1]
+    assert '"train_batch_size": 8' in first[1] and '"allgather_bucket_size": null' in first[1]
     assert second == []
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import Problem, shown
+from .section import integral
 
 TRAIN = "train_batch_size"
 MICRO = "train_micro_batch_size_per_gpu"
@@ -25,13 +26,11 @@ class BatchSizes:
 
 def whole_number(value: Any) -> int | None:
     """``value`` as a positive integer, None where it is none. 8, 8.0, "8" and "8e0" are."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
     try:
-        number = int(value) if isinstance(value, int) else float(value)
-        return int(number) if number == int(number) and number > 0 else None
-    except (ValueError, OverflowError):
+        number = integral(value)
+    except ValueError:
         return None
+    return number if isinstance(number, int) and number > 0 else None
 
 
 def solve_batch_sizes(given: Mapping[str, Any], *, world_size: int) -> BatchSizes | list[Problem]:
@@ -51,6 +50,19 @@ def solve_batch_sizes(given: Mapping[str, Any], *, world_size: int) -> BatchSize
         else:
             numbers[key] = number
     return problems or _solve(numbers, world_size)
+
+
+def explain_solution(key: str, batch: BatchSizes, given: Mapping[str, Any], world_size: int) -> str | None:
+    """The arithmetic by which ``key`` follows from the ``given`` sizes; None where it was given or is its default."""
+    if key in given:
+        return None
+    if key == TRAIN:
+        return f"{batch.micro} x {batch.accumulation} x {_ranks(world_size)}"
+    if key == MICRO and TRAIN in given:
+        return f"{batch.train} / ({STEPS} {batch.accumulation} x {_ranks(world_size)})"
+    if key == STEPS and TRAIN in given and MICRO in given:
+        return f"{batch.train} / ({MICRO} {batch.micro} x {_ranks(world_size)})"
+    return None
 
 
 def _solve(numbers: Mapping[str, int], world_size: int) -> BatchSizes | list[Problem]:

@@ -6,21 +6,25 @@ from typing import Any
 
 from pydantic import Field
 
-from .section import Section
+from .section import Section, key
 
 
 class OptimizerConfig(Section):
-    """The optimizer that the engine builds; none where the section is absent."""
+    """The optimizer that the engine builds where none is given to ``initialize``."""
 
-    type: str = Field(description="Adam, AdamW, SGD, Adagrad, Lion, LAMB or Muon, in any case.")
-    params: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the optimizer.")
-    legacy_fusion: bool = Field(False, description="Only for older CUDA kernels; false is the only value with a meaning.")
+    type: str = Field(
+        description="Its name, in any case: Adam, AdamW, Lion, Lamb, Muon, or one of torch.optim such as SGD or Adagrad."
+    )
+    params: dict[str, Any] = key({}, 'Its keyword arguments (docs/optimizers.md). "auto" leaves an argument at its default.')
+    legacy_fusion: bool = key(False, "An old choice among CUDA kernels.")
 
 
 class SchedulerConfig(Section):
-    """The learning-rate schedule that the engine steps after each optimizer step."""
+    """The learning-rate schedule that the engine builds and steps after each optimizer step."""
 
-    type: str | None = Field(
-        None, description="LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR or WarmupCosineLR."
+    type: str | None = key(None, "Its name, in any case: LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR or WarmupCosineLR.")
+    params: dict[str, Any] = key(
+        {},
+        'Its keyword arguments (docs/optimizers.md). "auto" leaves an argument at its default, but warmup_max_lr '
+        "becomes the optimizer's lr.",
     )
-    params: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the schedule.")

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import BeforeValidator, PrivateAttr
 
-from .features import (
-    ActivationCheckpointingConfig,
-    CheckpointConfig,
-    CompileConfig,
-    DataSection,
-    FeatureSection,
-    HybridEngineConfig,
-    PipelineConfig,
-    TensorParallelConfig,
-)
+from .checkpointing import ActivationCheckpointingConfig, CheckpointConfig, DataStatesConfig, NebulaConfig
+from .compression import CompressionConfig, SparseAttentionConfig
+from .data import CurriculumConfig, DataEfficiencyConfig, EigenvalueConfig, ProgressiveLayerDropConfig
 from .monitoring import (
     CometConfig,
     CommsLoggerConfig,
@@ -26,54 +19,73 @@ from .monitoring import (
     ThroughputTimersConfig,
     WandbConfig,
 )
+from .offload import AioConfig
 from .optimization import OptimizerConfig, SchedulerConfig
+from .origin import DEFAULT, Origin
+from .parallel import ExpertParallelConfig, HybridEngineConfig, PipelineConfig, TensorParallelConfig
 from .precision import AmpConfig, Bf16Config, DataTypesConfig, DtypeName, Fp16Config, TorchAutocastConfig
-from .section import Int, Section
-from .zero import AioConfig, ZeroConfig
+from .section import AnyReal, Int, Lowered, Real, Section, key
+from .tuning import AutotuningConfig, CompileConfig, ElasticityConfig
+from .zero import ZeroConfig
+
+Reduction = Annotated[
+    Literal["mean", "sum"], BeforeValidator(lambda value: {"avg": "mean", "average": "mean"}.get(value, value))
+]
 
 
 class DeepSpeedConfig(Section):
     """A validated ``ds_config.json``. Immutable; batch sizes are solved; ``raw`` is the configuration as given and
-    ``sources`` says where each effective value came from."""
+    ``origin`` says where an effective value came from."""
 
-    train_batch_size: Int = Field(0, ge=0, description="Samples of one optimizer step over all ranks.")
-    train_micro_batch_size_per_gpu: Int = Field(0, ge=0, description="Samples of one forward on one rank.")
-    gradient_accumulation_steps: Int = Field(0, ge=0, description="Micro-batches of one optimizer step.")
-    optimizer: OptimizerConfig | None = Field(None, description="The optimizer that the engine builds.")
-    scheduler: SchedulerConfig | None = Field(None, description="The learning-rate schedule.")
+    train_batch_size: Int = key(1, "One optimizer step over all ranks. Left out: the product below.", unit="samples", ge=1)
+    train_micro_batch_size_per_gpu: Int = key(1, "One forward on one rank. Left out: solved, or 1.", unit="samples", ge=1)
+    gradient_accumulation_steps: Int = key(
+        1, "Forwards of one optimizer step. Left out: solved, or 1.", unit="micro-batches", ge=1
+    )
+    managed_gradient_accumulation: bool = key(True, "The engine counts micro-batches and steps at the last one.")
+    optimizer: OptimizerConfig | None = key(None, "The optimizer that the engine builds.")
+    scheduler: SchedulerConfig | None = key(None, "The learning-rate schedule.")
     fp16: Fp16Config = Fp16Config()
     bf16: Bf16Config = Bf16Config()
     amp: AmpConfig = AmpConfig()
     torch_autocast: TorchAutocastConfig = TorchAutocastConfig()
     data_types: DataTypesConfig = DataTypesConfig()
-    gradient_clipping: float = Field(0.0, ge=0, description="Norm to which gradients are clipped; 0 for none.")
-    communication_data_type: DtypeName | None = Field(
-        None, description="The dtype in which gradients are reduced; the dtype of their bucket where absent."
+    gradient_clipping: Real = key(0.0, "Norm to which gradients are clipped; 0 for none.", unit="norm", ge=0)
+    communication_data_type: DtypeName | None = key(
+        None, "The dtype in which gradients are reduced. Left out: the dtype of their bucket."
     )
-    seq_parallel_communication_data_type: DtypeName = Field(
-        "fp32", description="The dtype of reductions over sequence-parallel ranks."
+    seq_parallel_communication_data_type: DtypeName = key("fp32", "The dtype of reductions over sequence-parallel ranks.")
+    gradient_allreduce_op: Reduction = key("mean", "How gradients of the ranks are joined: mean (or avg) or sum.")
+    prescale_gradients: bool | None = key(
+        None,
+        "true: divide gradients before they are reduced; false: divide the sum. Left out, they are divided as they are "
+        "copied into their bucket, which costs nothing.",
     )
-    gradient_allreduce_op: Literal["avg", "sum"] = Field("avg", description="Reduction of gradients over ranks.")
-    prescale_gradients: bool = Field(
-        False,
-        description="true: divide gradients before they are reduced; false: divide the sum. Left out, gradients are "
-        "divided as they are copied into their bucket, which costs nothing.",
+    gradient_predivide_factor: Real = key(
+        1.0, "Divide gradients by this before they are reduced, and by the rest after.", unit="factor", gt=0
     )
-    gradient_predivide_factor: float = Field(
-        1.0, gt=0, description="Divide gradients by this before they are reduced, and by the rest after."
-    )
-    sparse_gradients: bool = Field(False, description="Communicate gradients of sparse embeddings as sparse tensors.")
+    sparse_gradients: bool = key(False, "Communicate gradients of sparse embeddings as sparse tensors.")
     zero_optimization: ZeroConfig = ZeroConfig()
     aio: AioConfig = AioConfig()
-    zero_allow_untested_optimizer: bool = Field(False, description="Shard client optimizers: always allowed.")
-    zero_force_ds_cpu_optimizer: bool = Field(True, description="Use the CPU optimizers of this package with offload.")
-    steps_per_print: float | None = Field(None, description="Optimizer steps between log lines; none where absent.")
-    wall_clock_breakdown: bool = Field(False, description="Log the time of forward, backward and step.")
-    dump_state: bool = Field(False, description="Log the effective configuration at the start.")
-    log_level: Literal["debug", "info", "warning", "error", "critical"] = Field("info", description="Level of the log.")
-    memory_breakdown: bool = Field(False, description="Log memory at each reported step.")
-    dataloader_drop_last: bool = Field(False, description="Drop the last incomplete batch of the training data.")
-    disable_allgather: bool = Field(False, description="An old switch; false is the only mode.")
+    zero_allow_untested_optimizer: bool = key(
+        False, "Shard optimizers given to initialize: always allowed here, either value is right."
+    )
+    zero_force_ds_cpu_optimizer: bool = key(
+        True, "With offload_optimizer, require an optimizer of this package. Without it, no effect."
+    )
+    steps_per_print: AnyReal | None = key(
+        None, "How often a line is logged; left out, 0 or infinite: never.", unit="optimizer steps", ge=0
+    )
+    wall_clock_breakdown: bool = key(False, "Log the time of forward, backward and step.")
+    dump_state: bool = key(False, "Log the effective configuration at the start.")
+    memory_breakdown: bool = key(False, "Log memory at each reported step.")
+    log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], Lowered] | None = key(
+        None, "Level of the logger DeepSpeed, in any case. Left out, it is not touched."
+    )
+    dataloader_drop_last: bool = key(False, "Drop the last incomplete batch of the training data.")
+    disable_allgather: bool = key(False, "An old switch of how updated parameters are gathered.")
+    disable_python_gc: bool = key(False, "Collect Python's cyclic garbage only when asked.")
+    use_data_before_expert_parallelism: bool = key(False, "With experts: order data-parallel ranks before them.")
     tensorboard: TensorBoardConfig = TensorBoardConfig()
     wandb: WandbConfig = WandbConfig()
     comet: CometConfig = CometConfig()
@@ -85,24 +97,22 @@ class DeepSpeedConfig(Section):
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     compile: CompileConfig = CompileConfig()
     tensor_parallel: TensorParallelConfig = TensorParallelConfig()
-    expert_parallel: FeatureSection = FeatureSection()
+    expert_parallel: ExpertParallelConfig = ExpertParallelConfig()
     pipeline: PipelineConfig = PipelineConfig()
     hybrid_engine: HybridEngineConfig = HybridEngineConfig()
-    autotuning: FeatureSection = FeatureSection()
-    sparse_attention: FeatureSection = FeatureSection()
-    data_efficiency: DataSection = DataSection()
-    curriculum_learning: DataSection = DataSection()
-    progressive_layer_drop: FeatureSection = FeatureSection()
-    eigenvalue: FeatureSection = FeatureSection()
-    elasticity: FeatureSection = FeatureSection()
-    compression_training: dict[str, Any] = Field(default_factory=dict, description="Compression during training.")
-    nebula: FeatureSection = FeatureSection()
-    datastates_ckpt: dict[str, Any] = Field(default_factory=dict, description="DataStates checkpoints.")
-    managed_gradient_accumulation: bool = Field(True, description="The engine counts micro-steps.")
-    use_data_before_expert_parallelism: bool = Field(False, description="Order of ranks with experts.")
+    autotuning: AutotuningConfig = AutotuningConfig()
+    elasticity: ElasticityConfig = ElasticityConfig()
+    sparse_attention: SparseAttentionConfig = SparseAttentionConfig()
+    data_efficiency: DataEfficiencyConfig = DataEfficiencyConfig()
+    curriculum_learning: CurriculumConfig = CurriculumConfig()
+    progressive_layer_drop: ProgressiveLayerDropConfig = ProgressiveLayerDropConfig()
+    eigenvalue: EigenvalueConfig = EigenvalueConfig()
+    compression_training: CompressionConfig = CompressionConfig()
+    nebula: NebulaConfig = NebulaConfig()
+    datastates_ckpt: DataStatesConfig | None = key(None, "Checkpoints through DataStates.")
 
     _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
-    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+    _sources: dict[str, Origin] = PrivateAttr(default_factory=dict)
 
     @property
     def raw(self) -> dict[str, Any]:
@@ -110,6 +120,10 @@ class DeepSpeedConfig(Section):
         return self._raw
 
     @property
-    def sources(self) -> Mapping[str, str]:
+    def sources(self) -> Mapping[str, Origin]:
         """For each key (dotted) that does not have its plain default: where its value came from."""
         return self._sources
+
+    def origin(self, path: str) -> Origin:
+        """Where the effective value of the key ``path`` (dotted) came from."""
+        return self._sources.get(path, DEFAULT)

@@ -1,15 +1,16 @@
-"""What all sections of the configuration share."""
+"""What all sections of the configuration share: how a key is declared, and the numbers that people write."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, get_args
+from collections.abc import Iterator
+from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 from pydantic.fields import FieldInfo
 
 
-def _integral(value: Any) -> Any:
+def integral(value: Any) -> Any:
     """Integers as people write them: 500000000, 5e8, "5e8". A truth value is no number."""
     if isinstance(value, bool):
         raise ValueError("expected a whole number")
@@ -21,8 +22,10 @@ def _integral(value: Any) -> Any:
         try:
             value = float(value)
         except ValueError:
-            return value
-    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
+            raise ValueError("expected a whole number") from None
+    if isinstance(value, float):
+        if not (math.isfinite(value) and value.is_integer()):
+            raise ValueError("expected a whole number")
         return int(value)
     return value
 
@@ -31,10 +34,23 @@ def _real(value: Any) -> Any:
     """Numbers as people write them: 0.1, 1, "1e-3". A truth value is no number."""
     if isinstance(value, bool):
         raise ValueError("expected a number")
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError("expected a number") from None
     return value
 
 
-Int = Annotated[int, BeforeValidator(_integral)]
+def _dtype(value: Any) -> Any:
+    """The name of a dtype as this package writes it: fp32, fp16 or bf16."""
+    name = str(value).removeprefix("torch.").lower()
+    return {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16", "bfp16": "bf16"}.get(
+        name, name
+    )
+
+
+Int = Annotated[int, BeforeValidator(integral)]
 """An integer, which may be written as an integral float or a numeric string."""
 
 AnyReal = Annotated[float, BeforeValidator(_real)]
@@ -42,6 +58,18 @@ AnyReal = Annotated[float, BeforeValidator(_real)]
 
 Real = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
 """A finite number, which may be written as a numeric string."""
+
+Lowered = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
+"""Accepts a word in any case."""
+
+DtypeNames = BeforeValidator(_dtype)
+"""Accepts the several names of a dtype."""
+
+
+def key(default: Any, description: str, *, unit: str = "", **constraints: Any) -> Any:
+    """A key of a section: its default, its meaning, the unit of its number, and pydantic's constraints."""
+    extra: dict[str, JsonValue] | None = {"unit": unit} if unit else None
+    return Field(default, description=description, json_schema_extra=extra, **constraints)
 
 
 class Section(BaseModel):
@@ -51,16 +79,32 @@ class Section(BaseModel):
 
 
 class OpenSection(Section):
-    """A block of a feature whose inner keys are not checked one by one while the feature is off."""
+    """A block whose other keys belong to somebody else and are passed on unchecked."""
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
-
-    enabled: bool = False
 
 
 def section_class(field: FieldInfo) -> type[Section] | None:
     """The class of the section that ``field`` holds, None where it holds a plain value."""
+    if get_origin(field.annotation) in (list, dict):
+        return None
     for candidate in (field.annotation, *get_args(field.annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
     return None
+
+
+def unit_of(field: FieldInfo) -> str:
+    """The unit of a key's number, empty where it has none."""
+    extra = field.json_schema_extra
+    return str(extra.get("unit", "")) if isinstance(extra, dict) else ""
+
+
+def fields(section: type[Section], path: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of ``section`` and of its inner sections that is no section itself, by dotted path."""
+    for name, field in section.model_fields.items():
+        inner = section_class(field)
+        if inner is None:
+            yield f"{path}{name}", field
+        else:
+            yield from fields(inner, f"{path}{name}.")

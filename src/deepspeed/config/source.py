@@ -22,7 +22,8 @@ class _DuplicateKeyError(Exception):
 def read_source(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """The configuration as plain dictionaries that share nothing with ``source``, and words for where it came from.
 
-    A string is JSON where it begins with ``{``, else the path of a file where there is one, else base64 of JSON.
+    A string is JSON where it begins with ``{`` (or ``[``, to be told what is wrong with that), else the path of a file
+    where there is one, else base64 of JSON.
     """
     if isinstance(source, Mapping):
         return _plain(source, ""), "the configuration"
@@ -32,7 +33,7 @@ def read_source(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[dic
         raise ConfigError(
             f"a configuration is a path, a dictionary, a JSON string or base64 of one; found {type(source).__name__}"
         )
-    if source.lstrip().startswith("{"):
+    if source.lstrip().startswith(("{", "[")):
         return _parse(source, "the JSON string"), "the JSON string"
     if len(source) < 4096 and os.path.lexists(source):
         return _read_file(Path(source))
@@ -52,6 +53,8 @@ def _read_file(path: Path) -> tuple[dict[str, Any], str]:
         raise ConfigError(f"{path} is not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+    if not text.strip():
+        raise ConfigError(f"{path} is empty; a configuration is a JSON object {{...}}")
     return _parse(text, str(path)), str(path)
 
 

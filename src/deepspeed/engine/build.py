@@ -20,10 +20,6 @@ from ..zero.policy import ZeroPolicy
 from ..zero.reducer import GradientReducer, ReductionSettings
 from .precision import PrecisionPolicy, build_loss_scaler
 
-DEFAULT_BUCKET_NUMEL = 2**23
-"""Elements of a bucket where the configuration sets no bucket size: small enough that reduction overlaps backward,
-large enough that latency does not matter."""
-
 OptimizerArgument = torch.optim.Optimizer | Callable[[Iterable[Any]], torch.optim.Optimizer] | None
 
 
@@ -67,35 +63,24 @@ def build_layout(
     return FlatLayout.build(specs, shards=shards, bucket_numel=bucket_numel)
 
 
-def bucket_numel(config: DeepSpeedConfig) -> int:
-    """Elements of a bucket: the smaller of reduce_bucket_size and allgather_bucket_size, which bound it."""
-    keys = ("reduce_bucket_size", "allgather_bucket_size")
-    given = [
-        getattr(config.zero_optimization, key)
-        for key in keys
-        if config.sources.get(f"zero_optimization.{key}", "default") != "default"
-    ]
-    return min(given, default=DEFAULT_BUCKET_NUMEL)
-
-
 def reduction_settings(config: DeepSpeedConfig, precision: PrecisionPolicy, *, ranks: int) -> ReductionSettings:
     """How gradients are divided and communicated.
 
     The mean over ranks costs nothing where the division happens as a gradient is copied into its bucket, so that is
     where it happens unless ``prescale_gradients`` is set: false divides the sum, true with a
-    ``gradient_predivide_factor`` divides by the factor before and by the rest after.
+    ``gradient_predivide_factor`` divides by the factor before and by the rest after. A ``gradient_allreduce_op`` of sum
+    divides by 1 in all.
     """
+    divisor = 1.0 if config.gradient_allreduce_op == "sum" else float(ranks)
     factor = config.gradient_predivide_factor
-    before = factor if factor != 1.0 else float(ranks)
-    if config.prescale_gradients is False and config.sources.get("prescale_gradients", "default") != "default":
-        before = factor
+    before = divisor if factor == 1.0 and config.prescale_gradients is not False else factor
     zero = config.zero_optimization
     return ReductionSettings(
         divide_before=before,
-        divide_after=ranks / before,
+        divide_after=divisor / before,
         communication_dtype=precision.communication_dtype,
         kept_dtype=precision.kept_dtype(config.gradient_accumulation_steps),
-        overlap=zero.overlap_comm is not False,
+        overlap=zero.overlap_comm,
         reduce_scatter=zero.reduce_scatter,
     )
 
@@ -104,7 +89,7 @@ def check_ranks_agree(named: Mapping[str, nn.Parameter], config: DeepSpeedConfig
     """Raise ValueError on every rank where the ranks' models or stages differ, naming the first difference."""
     mine = [f"{name}: {tuple(p.shape)} {p.dtype}" for name, p in named.items()]
     mine.append(f"zero_optimization.stage: {config.zero_optimization.stage}")
-    mine.append(f"bucket size: {bucket_numel(config)}")
+    mine.append(f"bucket size: {config.zero_optimization.bucket_numel}")
     mine.append(f"gradient_accumulation_steps: {config.gradient_accumulation_steps}")
     digest = hashlib.sha256("\n".join(mine).encode()).hexdigest()
     if len(set(communicator.gather_objects(digest))) == 1:
@@ -152,7 +137,8 @@ def build_sharded_optimizer(
         )
     policy = ZeroPolicy.for_stage(config.zero_optimization.stage)
     shards = communicator.size if policy.shard_optimizer else 1
-    layout = build_layout(named, optimizer.param_groups, precision=precision, shards=shards, bucket_numel=bucket_numel(config))
+    size = config.zero_optimization.bucket_numel
+    layout = build_layout(named, optimizer.param_groups, precision=precision, shards=shards, bucket_numel=size)
     flat = FlatParameters(layout, named, shard=communicator.rank if policy.shard_optimizer else 0)
     flat.move_in(communicator)
     moved = {id(p) for p in named.values()}

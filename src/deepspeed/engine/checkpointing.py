@@ -8,6 +8,7 @@ size, stage and bucket size may differ.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.directory import CheckpointError, CheckpointReader, read_latest, write_checkpoint, write_latest
+from ..comm.communicator import Communicator
 from ..memory.layout import Fragment
 from ..optim.sharding import FlatShard
 from ..zero.optimizer import ShardedOptimizer
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from .engine import DeepSpeedEngine
 
 MASTER = "master"
+logger = logging.getLogger("DeepSpeed")
 
 
 def save_training_checkpoint(
@@ -38,6 +41,7 @@ def save_training_checkpoint(
     exclude_frozen_parameters: bool,
 ) -> None:
     """Write the engine's states under ``directory/tag``. Called on every rank."""
+    tag = _agreed_tag(tag, engine.communicator, engine.settings.checkpoint.tag_validation)
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, float]] = {}
     optimizer = engine.optimizer
@@ -103,6 +107,18 @@ def load_training_checkpoint(
     if scheduler_states and engine.lr_scheduler is not None and reader.index["scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(reader.index["scheduler"])
     return str(path), reader.index["client_state"]
+
+
+def _agreed_tag(tag: str, communicator: Communicator, validation: str) -> str:
+    """Rank 0's tag, under which all ranks save. Where the tags differ, ``validation`` warn says so and fail raises
+    ValueError on every rank."""
+    tags = communicator.gather_objects(tag)
+    if validation != "ignore" and len(set(tags)) > 1:
+        found = ", ".join(f"'{one}' on rank {rank}" for rank, one in enumerate(tags))
+        if validation == "fail":
+            raise ValueError(f"save_checkpoint was given different tags: {found}. Give the same one on every rank.")
+        logger.warning("save_checkpoint was given different tags: %s. Saving under '%s'.", found, tags[0])
+    return str(tags[0])
 
 
 def _label(fragment: Fragment) -> str:

@@ -13,15 +13,7 @@ from torch import Tensor, nn
 from ..config import DeepSpeedConfig
 from ..optim.loss_scaling import DynamicLossScaler, LossScaler, NoLossScaler, StaticLossScaler
 
-DTYPES = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "half": torch.float16,
-}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Data types by the names that the configuration uses."""
 
 
@@ -92,7 +84,7 @@ class PrecisionPolicy:
 def build_loss_scaler(config: DeepSpeedConfig) -> LossScaler:
     """The loss scaler that the section fp16 describes, for fp16 models and for autocast to fp16; none elsewhere."""
     fp16, autocast = config.fp16, config.torch_autocast
-    if not fp16.enabled and not (autocast.enabled and _named(autocast.dtype) == torch.float16):
+    if not fp16.enabled and not (autocast.enabled and autocast.dtype == "fp16"):
         return NoLossScaler()
     if fp16.loss_scale:
         return StaticLossScaler(fp16.loss_scale)
@@ -106,4 +98,4 @@ def build_loss_scaler(config: DeepSpeedConfig) -> LossScaler:
 
 
 def _named(name: str | None) -> torch.dtype | None:
-    return None if name is None else DTYPES[str(name).removeprefix("torch.")]
+    return None if name is None else DTYPES[name]
