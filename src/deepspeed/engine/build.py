@@ -14,6 +14,7 @@ from ..comm.communicator import Communicator
 from ..config import DeepSpeedConfig
 from ..memory.layout import FlatLayout, ParameterSpec
 from ..optim import build_optimizer, build_scheduler, has_stepped, split_parameter_groups
+from ..zero.inspection import make_inspectable
 from ..zero.optimizer import ShardedOptimizer
 from ..zero.parameters import FlatParameters
 from ..zero.policy import ZeroPolicy
@@ -146,7 +147,7 @@ def build_sharded_optimizer(
     _broadcast_rest(module, moved, communicator)
     settings = reduction_settings(config, precision, ranks=communicator.size)
     reducer = GradientReducer(layout, named, policy=policy, communicator=communicator, settings=settings)
-    return ShardedOptimizer(
+    sharded = ShardedOptimizer(
         optimizer,
         flat,
         reducer,
@@ -154,6 +155,8 @@ def build_sharded_optimizer(
         clip=config.gradient_clipping,
         overlap=settings.overlap,
     )
+    make_inspectable(sharded)
+    return sharded
 
 
 def build_lr_scheduler(scheduler: Any, optimizer: ShardedOptimizer | None, config: DeepSpeedConfig) -> Any:
