@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..comm import agreement
 from ..comm.communicator import Communicator
 
 FORMAT = "deepspeed-fragments"
@@ -131,16 +132,15 @@ def _file_name(rank: int) -> str:
 
 
 def on_all_ranks(action: Callable[[], None], what: str, communicator: Communicator) -> None:
-    """Run ``action`` on every rank; where one fails, raise on all."""
-    failure = None
-    try:
-        action()
-    except (OSError, SafetensorError) as error:
-        failure = str(error)
-    failures = communicator.gather_objects(failure)
-    for rank, reason in enumerate(failures):
-        if reason is not None:
-            raise CheckpointError(f"{what} failed on rank {rank}: {reason}")
+    """Run ``action`` on every rank; where it fails on one, raise CheckpointError on all."""
+
+    def checked() -> None:
+        try:
+            action()
+        except Exception as error:
+            raise CheckpointError(f"{what} failed on rank {communicator.rank}: {error}") from error
+
+    agreement.on_all_ranks(checked, communicator, what=what, error=CheckpointError)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,36 +9,60 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..comm.agreement import on_all_ranks
 from ..comm.communicator import Communicator
 from ..config import DeepSpeedConfig
 from ..memory.layout import FlatLayout, ParameterSpec
-from ..optim import build_optimizer, build_scheduler, has_stepped, split_parameter_groups
+from ..optim import build_optimizer, build_scheduler, has_stepped, refuse_unsuited, split_parameter_groups
 from ..zero.inspection import make_inspectable
 from ..zero.optimizer import ShardedOptimizer
 from ..zero.parameters import FlatParameters
 from ..zero.policy import ZeroPolicy
-from ..zero.reducer import GradientReducer, ReductionSettings
+from ..zero.reducer import GradientReducer, ReductionSettings, is_reduced
+from .agreement import check_ranks_agree, describe
 from .precision import PrecisionPolicy, build_loss_scaler
 
 OptimizerArgument = torch.optim.Optimizer | Callable[[Iterable[Any]], torch.optim.Optimizer] | None
 
 
 def name_parameters(module: nn.Module, groups: Sequence[Mapping[str, Any]]) -> dict[str, nn.Parameter]:
-    """The trainable parameters of ``groups`` by name, in the model's registration order; those outside the model
-    (of a separate loss, say) come last. A tied parameter has its first name."""
+    """The trainable parameters of ``groups`` by name, in the model's registration order. A tied parameter has its
+    first name.
+
+    Raises ValueError where there are none, where one is not the model's and where another engine trains one.
+    """
     wanted = {id(p): p for group in groups for p in group["params"] if p.requires_grad}
     named = {name: wanted.pop(id(p)) for name, p in module.named_parameters() if id(p) in wanted}
-    named.update({f"unnamed_parameters.{index}": p for index, p in enumerate(wanted.values())})
+    if wanted:
+        shapes = ", ".join(str(tuple(p.shape)) for p in list(wanted.values())[:5])
+        raise ValueError(
+            f"{len(wanted)} of the {len(wanted) + len(named)} parameters to optimize are not parameters of the model "
+            f"(shapes {shapes}): build the optimizer from the parameters of the model that deepspeed.initialize gets; "
+            "those of a loss with parameters of its own belong in a module that has both"
+        )
+    if not named:
+        raise ValueError(
+            "the model has no trainable parameters: every parameter given to the optimizer has requires_grad=False"
+        )
+    taken = [name for name, p in named.items() if is_reduced(p)]
+    if taken:
+        raise ValueError(
+            f"the model is already trained by an engine (its parameter '{taken[0]}' is): call destroy() of that engine "
+            "before deepspeed.initialize is given the model again"
+        )
     return named
 
 
 def parameter_groups(module: nn.Module, parameters: Iterable[Any] | None) -> list[dict[str, Any]]:
-    """Optimizer parameter groups from what ``initialize`` was given: parameters, groups, or nothing (then all
-    trainable ones)."""
-    given = list(parameters) if parameters is not None else []
-    if not given:
-        given = list(module.parameters())
-    if all(isinstance(item, dict) for item in given):
+    """Optimizer parameter groups from what ``initialize`` was given: parameters, groups, or None (then all of the
+    model's)."""
+    given = list(module.parameters() if parameters is None else parameters)
+    if not given and parameters is not None:
+        raise ValueError(
+            "model_parameters is empty (an iterator that was used up before?): give the parameters to optimize, or "
+            "leave it out to optimize all trainable ones"
+        )
+    if given and all(isinstance(item, dict) for item in given):
         return [{**group, "params": _listed(group["params"])} for group in given]
     if any(isinstance(item, dict) for item in given):
         raise ValueError("model_parameters mixes parameters and parameter groups; give either one")
@@ -86,26 +109,6 @@ def reduction_settings(config: DeepSpeedConfig, precision: PrecisionPolicy, *, r
     )
 
 
-def check_ranks_agree(named: Mapping[str, nn.Parameter], config: DeepSpeedConfig, communicator: Communicator) -> None:
-    """Raise ValueError on every rank where the ranks' models or stages differ, naming the first difference."""
-    mine = [f"{name}: {tuple(p.shape)} {p.dtype}" for name, p in named.items()]
-    mine.append(f"zero_optimization.stage: {config.zero_optimization.stage}")
-    mine.append(f"bucket size: {config.zero_optimization.bucket_numel}")
-    mine.append(f"gradient_accumulation_steps: {config.gradient_accumulation_steps}")
-    digest = hashlib.sha256("\n".join(mine).encode()).hexdigest()
-    if len(set(communicator.gather_objects(digest))) == 1:
-        return
-    everyone = communicator.gather_objects(mine)
-    for rank, theirs in enumerate(everyone):
-        for index in range(max(len(theirs), len(everyone[0]))):
-            first, other = (lines[index] if index < len(lines) else "nothing" for lines in (everyone[0], theirs))
-            if first != other:
-                raise ValueError(
-                    f"ranks disagree on the model or configuration: rank 0 has '{first}' where rank {rank} has "
-                    f"'{other}'. Build the same model from the same configuration on every rank."
-                )
-
-
 @dataclass(frozen=True)
 class OptimizerRequest:
     """What the user asked to optimize with: a client optimizer or a callable, or parameters for the configured one."""
@@ -126,16 +129,16 @@ def build_sharded_optimizer(
 
     None where neither a client optimizer nor a configured one is there: an engine for inference.
     """
-    optimizer = _inner_optimizer(module, request, config)
+    def prepare() -> tuple[torch.optim.Optimizer | None, dict[str, nn.Parameter]]:
+        optimizer = _inner_optimizer(module, request, config)
+        return optimizer, name_parameters(module, optimizer.param_groups) if optimizer is not None else {}
+
+    optimizer, named = on_all_ranks(prepare, communicator, what="deepspeed.initialize")
+    check_ranks_agree(describe(module, optimizer, config), communicator)
     if optimizer is None:
         precision.cast_module(module, keep=lambda tensor: False)
+        _broadcast_rest(module, set(), communicator)
         return None
-    named = name_parameters(module, optimizer.param_groups)
-    check_ranks_agree(named, config, communicator)
-    if not named:
-        raise ValueError(
-            "the model has no trainable parameters: every parameter given to the optimizer has requires_grad=False"
-        )
     policy = ZeroPolicy.for_stage(config.zero_optimization.stage)
     shards = communicator.size if policy.shard_optimizer else 1
     size = config.zero_optimization.bucket_numel
@@ -161,19 +164,26 @@ def build_sharded_optimizer(
 
 def build_lr_scheduler(scheduler: Any, optimizer: ShardedOptimizer | None, config: DeepSpeedConfig) -> Any:
     """The learning-rate scheduler: a ready object, one made by a callable from the inner optimizer, or the configured
-    one; None where there is none or nothing to schedule."""
-    if scheduler is not None:
-        if callable(scheduler) and not hasattr(scheduler, "step"):
-            return scheduler(optimizer.optimizer) if optimizer is not None else None
+    one; None where there is none or nothing to schedule. One that cannot be built takes the optimizer down with it."""
+    if scheduler is not None and (hasattr(scheduler, "step") or not callable(scheduler)):
         return scheduler
-    if optimizer is None or config.scheduler is None or not config.scheduler.type:
+    if optimizer is None:
         return None
-    return build_scheduler(config.scheduler.type, config.scheduler.params, optimizer.optimizer)
+    try:
+        if scheduler is not None:
+            return scheduler(optimizer.optimizer)
+        if config.scheduler is not None and config.scheduler.type:
+            return build_scheduler(config.scheduler.type, config.scheduler.params, optimizer.optimizer)
+    except Exception:
+        optimizer.close()
+        raise
+    return None
 
 
 def _inner_optimizer(module: nn.Module, request: OptimizerRequest, config: DeepSpeedConfig) -> torch.optim.Optimizer | None:
     client = request.optimizer
     if isinstance(client, torch.optim.Optimizer):
+        refuse_unsuited(client)
         if has_stepped(client):
             raise ValueError(
                 f"the {type(client).__name__} given to deepspeed.initialize has already stepped; its state cannot be "
@@ -186,7 +196,9 @@ def _inner_optimizer(module: nn.Module, request: OptimizerRequest, config: DeepS
     if client is not None:
         if not callable(client):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer or a callable, got {type(client).__name__}")
-        return client(groups if any(len(group) > 1 for group in groups) else groups[0]["params"])
+        made = client(groups if any(len(group) > 1 for group in groups) else groups[0]["params"])
+        refuse_unsuited(made)
+        return made
     assert config.optimizer is not None, "checked above"
     trainable = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
     if not any(group["params"] for group in trainable):

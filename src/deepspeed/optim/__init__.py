@@ -18,7 +18,7 @@ from .schedules import (
     WarmupLR,
     build_scheduler,
 )
-from .sharding import FlatShard, ShardUpdate, Stepper, has_stepped, make_stepper
+from .sharding import FlatShard, ShardUpdate, Stepper, has_stepped, make_stepper, refuse_unsuited
 
 __all__ = [
     "VALID_LR_SCHEDULES",
@@ -44,5 +44,6 @@ __all__ = [
     "build_scheduler",
     "has_stepped",
     "make_stepper",
+    "refuse_unsuited",
     "split_parameter_groups",
 ]

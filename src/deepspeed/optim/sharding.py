@@ -112,6 +112,19 @@ def make_stepper(
 
     Raises ValueError for an optimizer that cannot step on slices.
     """
+    refuse_unsuited(optimizer)
+    _adopt_states(optimizer, shards)
+    if isinstance(optimizer, ShardStepping):
+        return _OnePass(optimizer, optimizer)
+    if type(optimizer) in ELEMENTWISE:
+        return _SliceBySlice(optimizer)
+    if isinstance(optimizer, WholeParameterStepping):
+        optimizer.bind(shards, communicator)
+    return _AllAtOnce(optimizer)
+
+
+def refuse_unsuited(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError for an optimizer that cannot step on slices, saying why."""
     for name, reason in UNSUITED.items():
         if isinstance(optimizer, getattr(torch.optim, name, ())):
             raise ValueError(f"torch.optim.{name} cannot be sharded: {reason}. Or use AdamW, which is elementwise.")
@@ -121,14 +134,6 @@ def make_stepper(
             f"{type(optimizer).__name__} cannot be sharded: its step() needs a closure, and gradients are already reduced "
             "when a step begins. Use an optimizer whose closure is optional."
         )
-    _adopt_states(optimizer, shards)
-    if isinstance(optimizer, ShardStepping):
-        return _OnePass(optimizer, optimizer)
-    if type(optimizer) in ELEMENTWISE:
-        return _SliceBySlice(optimizer)
-    if isinstance(optimizer, WholeParameterStepping):
-        optimizer.bind(shards, communicator)
-    return _AllAtOnce(optimizer)
 
 
 def has_stepped(optimizer: torch.optim.Optimizer) -> bool:

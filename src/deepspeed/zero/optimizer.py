@@ -71,6 +71,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         self._steps = 0
         self._names = tuple(flat.layout.homes)
         self.shards = tuple(FlatShard(flat.masters[bucket.index], bucket, flat.shard) for bucket in flat.layout.buckets)
+        self._given = [group["params"] for group in optimizer.param_groups]
         for index, group in enumerate(optimizer.param_groups):
             group["params"] = [shard.tensor for shard in self.shards if shard.bucket.group == index]
         self._stepper = make_stepper(optimizer, self.shards, reducer.communicator)
@@ -183,9 +184,12 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         self.flat.parameters_from_masters(self.communicator, sharded=self.policy.shard_optimizer)
 
     def close(self) -> None:
-        """Take the hooks off the model and free gradients and optimizer states."""
+        """Take the hooks off the model, free gradients and optimizer states, and give the inner optimizer the model's
+        parameters back."""
         self.reducer.close()
         self.optimizer.state.clear()
+        for group, parameters in zip(self.optimizer.param_groups, self._given, strict=True):
+            group["params"] = parameters
         self.shards = ()
 
     # -- steps of the step -------------------------------------------------------------------------------------------

@@ -69,6 +69,29 @@ class _BucketGradient:
         return len(self.arrived) == len(self.bucket.placements)
 
 
+_Receive = Callable[[_BucketGradient, Placement, Tensor], None]
+
+
+class _Arrival:
+    """The hook by which a parameter's gradient comes to a reducer."""
+
+    def __init__(self, receive: _Receive, state: _BucketGradient, placement: Placement):
+        self._receive = receive
+        self._state = state
+        self._placement = placement
+
+    def __call__(self, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None, "autograd calls this hook with a gradient in place"
+        self._receive(self._state, self._placement, gradient)
+
+
+def is_reduced(parameter: Tensor) -> bool:
+    """Whether a reducer takes this parameter's gradients."""
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    return any(isinstance(hook, _Arrival) for hook in hooks.values())
+
+
 class GradientReducer:
     """Collects and reduces the gradients of ``parameters``, laid out by ``layout``."""
 
@@ -93,7 +116,7 @@ class GradientReducer:
         self._reducing = False
         self._reduced = False
         self._hooks = [
-            parameters[placement.spec.name].register_post_accumulate_grad_hook(self._arrival(state, placement))
+            parameters[placement.spec.name].register_post_accumulate_grad_hook(_Arrival(self._receive, state, placement))
             for state in self._buckets
             for placement in state.bucket.placements
         ]
@@ -186,15 +209,10 @@ class GradientReducer:
 
     # -- arrival -------------------------------------------------------------------------------------------------
 
-    def _arrival(self, state: _BucketGradient, placement: Placement) -> Callable[[Tensor], None]:
-        def arrive(parameter: Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            assert gradient is not None, "autograd calls this hook with a gradient in place"
-            self._land(state, placement, gradient)
-            if self._reducing and state.complete and state.bucket.index == self._next:
-                self._launch_until(self._first_incomplete())
-
-        return arrive
+    def _receive(self, state: _BucketGradient, placement: Placement, gradient: Tensor) -> None:
+        self._land(state, placement, gradient)
+        if self._reducing and state.complete and state.bucket.index == self._next:
+            self._launch_until(self._first_incomplete())
 
     def _land(self, state: _BucketGradient, placement: Placement, gradient: Tensor) -> None:
         name = placement.spec.name
