@@ -104,41 +104,6 @@ def test_a_truncated_checkpoint_is_named_and_leaves_the_engine_as_it_was(ranks, 
         assert unchanged
 
 
-def misuse() -> list[str]:
-    engine = make_engine(2)
-    said = []
-    for call in (
-        engine.step,
-        lambda: engine.backward(engine(batch(0))),
-        lambda: engine.backward(torch.tensor(1.0)),
-        lambda: deepspeed.initialize(model=make_model().requires_grad_(False), config=ds_config(1)),
-    ):
-        with pytest.raises((RuntimeError, ValueError)) as caught:
-            call()
-        said.append(str(caught.value))
-    return said
-
-
-def test_misuse_is_answered_clearly(ranks):
-    step, shape, gradient, frozen = ranks(1, misuse)[0]
-    assert "before engine.backward" in step
-    assert "shape (4, 16)" in shape
-    assert "has no gradient" in gradient
-    assert "no trainable parameters" in frozen
-
-
-def disagree() -> str:
-    width = 8 + torch.distributed.get_rank()
-    with pytest.raises(ValueError) as caught:
-        deepspeed.initialize(model=nn.Linear(4, width), config=ds_config(1))
-    return str(caught.value)
-
-
-def test_ranks_that_disagree_on_the_model_all_say_so(ranks):
-    for message in ranks(2, disagree):
-        assert "'weight: (8, 4) torch.float32'" in message and "'weight: (9, 4) torch.float32'" in message
-
-
 def monitored(directory: str) -> None:
     csv = {"csv_monitor": {"enabled": True, "output_path": directory, "job_name": "job"}}
     engine = make_engine(1, **csv)
