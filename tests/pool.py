@@ -108,6 +108,8 @@ def _call(rank: int, ranks: int, store: str, module: str, name: str, args: tuple
         function = getattr(function, part)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+    # A rank that is done at once must not close connections that another is still making.
+    dist.barrier()
     torch.manual_seed(0)
     try:
         return function(*args)

@@ -6,28 +6,58 @@ Names are imported when they are first used, so that ``import deepspeed`` costs 
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-try:
-    __version__ = version("deepspeed")
-except PackageNotFoundError:
-    __version__ = "1.0.0.dev0"
+from .version import __version__
+
+if TYPE_CHECKING:
+    from . import accelerator, checkpoint, comm, monitor, ops, profiling, runtime, utils, zero
+    from .accelerator import get_accelerator
+    from .accelerator.placement import OnDevice
+    from .api import add_config_arguments, initialize
+    from .comm import init_distributed
+    from .config import DeepSpeedConfig
+    from .engine.engine import DeepSpeedEngine
+
+__all__ = [
+    "DeepSpeedConfig",
+    "DeepSpeedEngine",
+    "OnDevice",
+    "__version__",
+    "accelerator",
+    "add_config_arguments",
+    "checkpoint",
+    "comm",
+    "get_accelerator",
+    "init_distributed",
+    "initialize",
+    "monitor",
+    "ops",
+    "profiling",
+    "runtime",
+    "utils",
+    "zero",
+]
 
 _HOMES = {
-    "initialize": "api",
-    "add_config_arguments": "api",
-    "init_distributed": "comm",
-    "get_accelerator": "accelerator",
-    "DeepSpeedEngine": "engine.engine",
     "DeepSpeedConfig": "config",
+    "DeepSpeedEngine": "engine.engine",
+    "OnDevice": "accelerator.placement",
+    "add_config_arguments": "api",
+    "get_accelerator": "accelerator",
+    "init_distributed": "comm",
+    "initialize": "api",
 }
-__all__ = ["DeepSpeedConfig", "DeepSpeedEngine", "add_config_arguments", "comm", "init_distributed", "initialize"]
+"""The modules that public names come from; the other names in ``__all__`` are modules themselves."""
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    if name == "comm":
-        return importlib.import_module(f"{__name__}.comm")
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module 'deepspeed' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

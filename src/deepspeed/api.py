@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from . import __version__
 from .accelerator import get_accelerator
 from .comm import init_distributed
 from .comm.communicator import Communicator
@@ -23,6 +22,7 @@ from .engine.parts import EngineParts
 from .engine.precision import PrecisionPolicy
 from .logs import log_dist, logger
 from .monitor.monitor import MonitorMaster
+from .version import __version__
 from .zero.optimizer import ShardedOptimizer
 
 

@@ -79,3 +79,12 @@ class ThroughputTimersConfig(Section):
     """Section ``timers``."""
 
     throughput: TimersConfig = TimersConfig()
+
+
+class MonitorConfig(Section):
+    """The sections of all monitors, for those who use monitors without an engine."""
+
+    tensorboard: TensorBoardConfig = TensorBoardConfig()
+    wandb: WandbConfig = WandbConfig()
+    comet: CometConfig = CometConfig()
+    csv_monitor: CsvConfig = CsvConfig()

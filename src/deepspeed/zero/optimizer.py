@@ -116,6 +116,11 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         return self.scaler.scale
 
     @property
+    def cur_scale(self) -> float:
+        """The same, by the name that fp16 scripts use."""
+        return self.loss_scale
+
+    @property
     def communicator(self) -> Communicator:
         """The data-parallel ranks over which this optimizer is sharded."""
         return self.reducer.communicator

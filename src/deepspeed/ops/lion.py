@@ -1,0 +1,7 @@
+"""The documented names of ``deepspeed.ops.lion``."""
+
+from __future__ import annotations
+
+from ..optim.documented import DeepSpeedCPULion, FusedLion
+
+__all__ = ["DeepSpeedCPULion", "FusedLion"]
