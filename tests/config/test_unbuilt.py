@@ -79,7 +79,6 @@ def test_an_optimizer_that_is_not_built_is_called_that(kind):
     "config",
     [
         {"tensor_parallel": {"autotp_size": 1}},
-        {"tensor_parallel": {"enabled": False, "autotp_size": 4}},
         {"pipeline": {"stages": "auto", "partition": "best", "seed_layers": False}},
         {"sparse_attention": {"mode": "dense", "block": 16}},
         {"compression_training": {"weight_quantization": {"shared_parameters": {"enabled": False}}}},

@@ -76,7 +76,7 @@ class TimersConfig(Section):
 
 
 class ThroughputTimersConfig(Section):
-    """Section ``timers``."""
+    """Timers that run along."""
 
     throughput: TimersConfig = TimersConfig()
 

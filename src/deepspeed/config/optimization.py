@@ -15,8 +15,8 @@ class OptimizerConfig(Section):
     type: str = Field(
         description="Its name, in any case: Adam, AdamW, Lion, Lamb, Muon, or one of torch.optim such as SGD or Adagrad."
     )
-    params: dict[str, Any] = key({}, 'Its keyword arguments (docs/optimizers.md). "auto" leaves an argument at its default.')
     legacy_fusion: bool = key(False, "An old choice among CUDA kernels.")
+    params: dict[str, Any] = key({}, 'Its keyword arguments (docs/optimizers.md). "auto" leaves an argument at its default.')
 
 
 class SchedulerConfig(Section):

@@ -27,7 +27,6 @@ class PartitionConfig(Section):
 class TensorParallelConfig(Section):
     """Tensor parallelism. On with autotp_size above 1."""
 
-    enabled: bool = key(True, "false switches it off, whatever autotp_size is.")
     autotp_size: Int = key(0, "Ranks over which layers are split; 0 or 1 for none.", unit="ranks", ge=0)
     preset_model: str | None = key(None, "A model whose layers are known: llama, bloom, mixtral, qwen2, ...")
     tp_overlap_comm: bool = key(False, "Overlap reductions with computing.")

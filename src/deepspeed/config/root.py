@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PrivateAttr
+from pydantic import PrivateAttr
 
 from .checkpointing import ActivationCheckpointingConfig, CheckpointConfig, DataStatesConfig, NebulaConfig
 from .compression import CompressionConfig, SparseAttentionConfig
@@ -27,10 +27,6 @@ from .precision import AmpConfig, Bf16Config, DataTypesConfig, DtypeName, Fp16Co
 from .section import AnyReal, Int, Lowered, Real, Section, key
 from .tuning import AutotuningConfig, CompileConfig, ElasticityConfig
 from .zero import ZeroConfig
-
-Reduction = Annotated[
-    Literal["mean", "sum"], BeforeValidator(lambda value: {"avg": "mean", "average": "mean"}.get(value, value))
-]
 
 
 class DeepSpeedConfig(Section):
@@ -55,7 +51,7 @@ class DeepSpeedConfig(Section):
         None, "The dtype in which gradients are reduced. Left out: the dtype of their bucket."
     )
     seq_parallel_communication_data_type: DtypeName = key("fp32", "The dtype of reductions over sequence-parallel ranks.")
-    gradient_allreduce_op: Reduction = key("mean", "How gradients of the ranks are joined: mean (or avg) or sum.")
+    gradient_allreduce_op: Literal["mean", "avg", "sum"] = key("mean", "How gradients of the ranks are joined; avg is mean.")
     prescale_gradients: bool | None = key(
         None,
         "true: divide gradients before they are reduced; false: divide the sum. Left out, they are divided as they are "

@@ -42,12 +42,21 @@ def _real(value: Any) -> Any:
     return value
 
 
+DTYPE_NAMES = {
+    "float32": "fp32",
+    "float": "fp32",
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+    "bfp16": "bf16",
+}
+"""Other names of dtypes. A "torch." before a name is understood too."""
+
+
 def _dtype(value: Any) -> Any:
     """The name of a dtype as this package writes it: fp32, fp16 or bf16."""
     name = str(value).removeprefix("torch.").lower()
-    return {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16", "bfp16": "bf16"}.get(
-        name, name
-    )
+    return DTYPE_NAMES.get(name, name)
 
 
 Int = Annotated[int, BeforeValidator(integral)]
@@ -66,10 +75,15 @@ DtypeNames = BeforeValidator(_dtype)
 """Accepts the several names of a dtype."""
 
 
-def key(default: Any, description: str, *, unit: str = "", **constraints: Any) -> Any:
-    """A key of a section: its default, its meaning, the unit of its number, and pydantic's constraints."""
-    extra: dict[str, JsonValue] | None = {"unit": unit} if unit else None
-    return Field(default, description=description, json_schema_extra=extra, **constraints)
+def key(default: Any, description: str, *, unit: str = "", stage: int = 0, **constraints: Any) -> Any:
+    """A key of a section: its default, its meaning, the unit of its number, the one ZeRO stage that reads it (0: all), and
+    pydantic's constraints."""
+    extra: dict[str, JsonValue] = {}
+    if unit:
+        extra["unit"] = unit
+    if stage:
+        extra["stage"] = stage
+    return Field(default, description=description, json_schema_extra=extra or None, **constraints)
 
 
 class Section(BaseModel):
@@ -96,8 +110,16 @@ def section_class(field: FieldInfo) -> type[Section] | None:
 
 def unit_of(field: FieldInfo) -> str:
     """The unit of a key's number, empty where it has none."""
-    extra = field.json_schema_extra
-    return str(extra.get("unit", "")) if isinstance(extra, dict) else ""
+    return str(_extra(field).get("unit", ""))
+
+
+def stage_of(field: FieldInfo) -> int:
+    """The one ZeRO stage that reads a key, 0 where all do."""
+    return int(_extra(field).get("stage", 0))
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
 def fields(section: type[Section], path: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -126,7 +126,7 @@ UNBUILT: tuple[tuple[str, Predicate, str], ...] = (
     ),
     (
         "tensor_parallel.autotp_size",
-        lambda c: c.tensor_parallel.enabled and c.tensor_parallel.autotp_size > 1,
+        lambda c: c.tensor_parallel.autotp_size > 1,
         "tensor parallelism is not built yet; use 1.",
     ),
     ("pipeline", lambda c: c.pipeline != PipelineConfig(), "pipeline parallelism is not built yet; remove the section."),

@@ -26,7 +26,7 @@ class ZenFlowConfig(Section):
 
 
 class LeafModuleConfig(Section):
-    """Stage 3: modules whose parameters are fetched at once, with those of all modules inside."""
+    """Modules whose parameters are fetched at once, with those of all modules inside."""
 
     classes: list[str] = key([], "Names of classes, with or without their module.")
     names: list[str] = key([], "Names of modules in the model.")
@@ -34,10 +34,9 @@ class LeafModuleConfig(Section):
 
 
 class ZeroConfig(Section):
-    """ZeRO: shard optimizer states (stage 1), gradients too (2), parameters too (3). Keys of stage 3 have no effect at the
-    other stages."""
+    """ZeRO: shard optimizer states (stage 1), gradients too (2), parameters too (3)."""
 
-    stage: Int = key(0, "What is sharded over the data-parallel ranks: 0, 1, 2 or 3.", ge=0, le=3, unit="stage")
+    stage: Int = key(0, "What is sharded over the data-parallel ranks: 0, 1, 2 or 3.", ge=0, le=3)
     contiguous_gradients: bool = key(True, "Copy gradients into a contiguous bucket as they are produced.")
     reduce_scatter: bool = key(True, "Reduce-scatter gradients; false all-reduces them.")
     reduce_bucket_size: Int = key(
@@ -67,23 +66,23 @@ class ZeroConfig(Section):
     legacy_stage1: bool = key(False, "An old implementation of stage 1.")
     offload_param: OffloadParamConfig = OffloadParamConfig()
     offload_optimizer: OffloadOptimizerConfig = OffloadOptimizerConfig()
-    sub_group_size: Int = key(1_000_000_000, "Stage 3: parameters of one chunk of the step.", unit="elements", ge=0)
-    stage3_max_live_parameters: Int = key(1_000_000_000, "Stage 3: most parameters gathered at once.", unit="elements", ge=0)
+    sub_group_size: Int = key(1_000_000_000, "Parameters of one chunk of the step.", unit="elements", ge=0, stage=3)
+    stage3_max_live_parameters: Int = key(1_000_000_000, "Most parameters gathered at once.", unit="elements", ge=0, stage=3)
     stage3_max_reuse_distance: Int = key(
-        1_000_000_000, "Stage 3: keep a parameter that is used again within this many.", unit="elements", ge=0
+        1_000_000_000, "Keep a parameter that is used again within this many.", unit="elements", ge=0, stage=3
     )
-    stage3_prefetch_bucket_size: Int = key(50_000_000, "Stage 3: parameters fetched ahead.", unit="elements", ge=0)
+    stage3_prefetch_bucket_size: Int = key(50_000_000, "Parameters fetched ahead.", unit="elements", ge=0, stage=3)
     stage3_param_persistence_threshold: Int = key(
-        100_000, "Stage 3: parameters up to this size stay whole.", unit="elements", ge=0
+        100_000, "Parameters up to this size stay whole.", unit="elements", ge=0, stage=3
     )
-    stage3_model_persistence_threshold: Int = key(UNLIMITED, "Stage 3: most parameters that stay whole.", unit="elements", ge=0)
+    stage3_model_persistence_threshold: Int = key(UNLIMITED, "Most parameters that stay whole.", unit="elements", ge=0, stage=3)
     stage3_module_granularity_threshold: Int = key(
-        0, "Stage 3: modules with fewer parameters per inner module are fetched as one.", unit="elements", ge=0
+        0, "Modules with fewer parameters per inner module are fetched as one.", unit="elements", ge=0, stage=3
     )
-    stage3_use_all_reduce_for_fetch_params: bool = key(False, "Stage 3: gather by all-reduce.")
-    stage3_gather_16bit_weights_on_model_save: bool = key(False, "Stage 3: gather the weights for save_16bit_model.")
-    memory_efficient_linear: bool = key(True, "Stage 3: linear layers that save no gathered weight.")
-    log_trace_cache_warnings: bool = key(False, "Stage 3: log misses of the recorded order.")
+    stage3_use_all_reduce_for_fetch_params: bool = key(False, "Gather by all-reduce.", stage=3)
+    stage3_gather_16bit_weights_on_model_save: bool = key(False, "Gather the weights for save_16bit_model.", stage=3)
+    memory_efficient_linear: bool = key(True, "Linear layers that save no gathered weight.", stage=3)
+    log_trace_cache_warnings: bool = key(False, "Log misses of the recorded order.", stage=3)
     leaf_module: LeafModuleConfig = LeafModuleConfig()
     zero_hpz_partition_size: Int = key(1, "ZeRO++: ranks of a secondary partition.", unit="ranks", ge=0)
     zero_quantized_weights: bool = key(False, "ZeRO++: gather quantized weights.")

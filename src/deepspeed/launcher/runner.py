@@ -26,8 +26,17 @@ _SEVERAL_NODES = ("hostfile", "include", "exclude", "launcher_args", "force_mult
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 2 for bad input, or as `deepspeed.launcher.node.run_ranks` says."""
-    options = parse_args(sys.argv[1:] if argv is None else argv)
+    """Run the command; returns its exit code: 0, 2 for bad input, or as `deepspeed.launcher.node.run_ranks` says.
+
+    A first argument of exactly ``config`` is no script (that is ``./config``) but the command that explains
+    configurations.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments and arguments[0] == "config":
+        from ..cli.config import main as explain_config
+
+        return explain_config(arguments[1:])
+    options = parse_args(arguments)
     if options.version:
         print(metadata.version("deepspeed"))
         return 0

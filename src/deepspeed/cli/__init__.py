@@ -1,0 +1,1 @@
+"""Commands besides training: each module is one of them."""
