@@ -30,6 +30,9 @@ from pathlib import Path
 from typing import Any
 
 BENCHMARK_OPTIONS = ("layers", "width", "heads", "vocabulary", "context", "micro_batch", "accumulation", "steps")
+LARGEST = ("peak_bytes", "resident_bytes", "state_bytes", "cpu_seconds")
+"""Figures of which the largest rank's counts."""
+
 TIMEOUT_SECONDS = 600
 
 
@@ -130,18 +133,20 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         losses = [engine.backward(tokens, last=i == len(batches) - 1) for i, tokens in enumerate(batches)]
         return torch.stack(losses).mean().item()
 
-    seconds, losses = [], []
+    seconds, cpu_seconds, losses = [], [], []
     for step in range(options.warmup + options.steps):
         batches = micro_batches()
         if step == options.warmup:
             reset_peak()
         dist.barrier()
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         losses.append(backward(batches))
         engine.step()
         seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
     figures: dict[str, Any] = {
         "seconds": seconds[options.warmup :],
+        "cpu_seconds": statistics.median(cpu_seconds[options.warmup :]),
         "loss": losses[-1],
         "peak_bytes": resident_bytes("VmHWM"),
         "resident_bytes": resident_bytes(),
@@ -167,7 +172,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 def _merge(gathered: list[dict[str, Any]], *, parameters: int, parameter_bytes: int) -> dict[str, Any]:
     ranks = len(gathered)
     slowest = [max(times) for times in zip(*(figures["seconds"] for figures in gathered), strict=True)]
-    largest = {key: max(f[key] for f in gathered) for key in ("peak_bytes", "resident_bytes", "state_bytes")}
+    largest = {key: max(f[key] for f in gathered) for key in LARGEST}
     # A ring sends (n - 1) / n of a buffer per pass, which is what "P" stands for in ZeRO's accounting.
     passes = gathered[0]["wire_bytes"] / parameter_bytes * ranks / max(ranks - 1, 1)
     return {
@@ -261,12 +266,12 @@ def compare(candidates: list[Candidate], options: argparse.Namespace) -> list[di
 
 def print_table(results: list[dict[str, Any]]) -> None:
     """Print the figures; ratios are to the first row."""
-    print(f"{'':16} {'step s':>7} {'range':>13} {'ratio':>6} {'state B/param':>13} {'state MB':>8} ", end="")
+    print(f"{'':16} {'step s':>7} {'range':>13} {'ratio':>6} {'cpu s':>6} {'state B/param':>13} {'state MB':>8} ", end="")
     print(f"{'peak MB':>8} {'rss MB':>7} {'wire P':>7} {'loss':>11}")
     for row in results:
         spread = f"{row['fastest_seconds']:.3f}-{row['slowest_seconds']:.3f}"
         ratio = row["step_seconds"] / results[0]["step_seconds"]
-        print(f"{row['name']:16} {row['step_seconds']:7.3f} {spread:>13} {ratio:6.3f} ", end="")
+        print(f"{row['name']:16} {row['step_seconds']:7.3f} {spread:>13} {ratio:6.3f} {row['cpu_seconds']:6.3f} ", end="")
         print(f"{row['state_bytes_per_parameter']:13.2f} {row['state_bytes'] / 1e6:8.0f} ", end="")
         print(f"{row['peak_bytes'] / 1e6:8.0f} {row['resident_bytes'] / 1e6:7.0f} ", end="")
         print(f"{row['wire_volume']:7.2f} {row['loss']:11.6f}")

@@ -247,8 +247,9 @@ class GradientReducer:
     def _pool(self, state: _BucketGradient, dtype: torch.dtype) -> BufferPool:
         device = self._device(state)
         if (dtype, device) not in self._pools:
-            largest = max(other.bucket.numel for other in self._buckets)
-            self._pools[dtype, device] = BufferPool(largest, dtype=dtype, device=device)
+            # Not the largest bucket: that may be a single embedding, many times the others.
+            shared = [other.bucket.numel for other in self._buckets if len(other.bucket.placements) > 1]
+            self._pools[dtype, device] = BufferPool(max(shared, default=0), dtype=dtype, device=device)
         return self._pools[dtype, device]
 
     # -- reduction -----------------------------------------------------------------------------------------------
