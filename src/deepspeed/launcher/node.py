@@ -50,6 +50,7 @@ class Signals:
     received: list[int] = field(default_factory=list)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler: note the signal, and let the main loop act on it."""
         self.received.append(number)
 
 
