@@ -54,10 +54,13 @@ class GPT(nn.Module):
 @torch.no_grad()
 def generate(model: GPT, tokens: list[int], count: int) -> list[int]:
     """Continue ``tokens`` by ``count`` sampled ones (temperature 0.8, of the 40 likeliest)."""
+    device = model.tokens.weight.device
+    generator = torch.Generator().manual_seed(0)
     for _ in range(count):
-        logits = model(torch.tensor([tokens[-model.context :]]))[0, -1].float() / 0.8
+        window = torch.tensor([tokens[-model.context :]], device=device)
+        logits = model(window)[0, -1].float().cpu() / 0.8
         best = logits.topk(min(40, logits.numel()))
-        choice = torch.multinomial(best.values.softmax(-1), 1)
+        choice = torch.multinomial(best.values.softmax(-1), 1, generator=generator)
         tokens = [*tokens, int(best.indices[choice])]
     return tokens
 
