@@ -40,7 +40,9 @@ class StageStates:
     computed: ModelStateBytes | None
 
 
-def measure_stages(make_model: Callable[[], nn.Module], batch: tuple[torch.Tensor, ...], config: dict[str, Any]) -> list[StageStates]:
+def measure_stages(
+    make_model: Callable[[], nn.Module], batch: tuple[torch.Tensor, ...], config: dict[str, Any]
+) -> list[StageStates]:
     """Train a new model for one step under each stage in turn, otherwise as ``config`` says, and count its states."""
     kept = {key: config[key] for key in ("optimizer", "bf16", "torch_autocast") if key in config}
     if config.get("fp16", {}).get("enabled"):
@@ -93,11 +95,15 @@ def draw_report(history: History, stages: list[StageStates], path: Path) -> None
         for index, kind in enumerate(KINDS):
             heights = [_megabytes(getattr(stage, name), kind) for stage in stages]
             places = [stage.stage + shift for stage in stages]
-            states.bar(places, heights, 0.36, bottom, color=f"C{index}", alpha=alpha, label=f"{kind}, {name}")
+            if any(heights):  # fp32 training has no separate masters
+                states.bar(places, heights, 0.36, bottom, color=f"C{index}", alpha=alpha, label=f"{kind}, {name}")
             bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
+        for place, height in zip(places, bottom, strict=True):
+            states.annotate(f"{height:.3g}", (place, height), ha="center", va="bottom")
     states.set(xlabel="ZeRO stage", ylabel="MB per rank", title=f"Model states on each of {dist.get_world_size()} ranks")
     states.set_xticks([stage.stage for stage in stages])
-    states.legend(fontsize="small", ncols=2)
+    states.set_ylim(top=1.35 * states.get_ylim()[1])
+    states.legend(fontsize="small", ncols=2, loc="upper right")
     figure.savefig(path, dpi=120)
 
 

@@ -105,11 +105,13 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, corpus: Corpus, history: History
 
 def prepare_corpus(options: argparse.Namespace, console: Console) -> Corpus:
     """The corpus, tokenized by the first rank while the others wait."""
-    for turn in (True, False):
-        if (dist.get_rank() == 0) == turn:
-            console.print("reading and tokenizing the text ...")
-            cache = Path(options.output, "cache")
-            corpus = load_corpus(options.text, vocabulary=options.vocabulary, context=options.context, cache=cache)
+    first = dist.get_rank() == 0
+    console.print("reading and tokenizing the text ...")
+    if not first:
+        dist.barrier()
+    cache = Path(options.output, "cache")
+    corpus = load_corpus(options.text, vocabulary=options.vocabulary, context=options.context, cache=cache)
+    if first:
         dist.barrier()
     return corpus
 
@@ -117,9 +119,7 @@ def prepare_corpus(options: argparse.Namespace, console: Console) -> Corpus:
 def make_model(corpus: Corpus, options: argparse.Namespace) -> GPT:
     torch.manual_seed(0)
     vocabulary = corpus.tokenizer.get_vocab_size()
-    return GPT(
-        vocabulary=vocabulary, context=options.context, layers=options.layers, width=options.width, heads=options.heads
-    )
+    return GPT(vocabulary=vocabulary, context=options.context, layers=options.layers, width=options.width, heads=options.heads)
 
 
 def resume(engine: deepspeed.DeepSpeedEngine, corpus: Corpus, output: str) -> History:
@@ -149,8 +149,8 @@ def describe(engine: deepspeed.DeepSpeedEngine, corpus: Corpus) -> str:
 def show_results(
     engine: deepspeed.DeepSpeedEngine, corpus: Corpus, history: History, options: argparse.Namespace, console: Console
 ) -> None:
-    (_, before), *_, (_, after) = history.validation
-    console.print(f"validation loss {before:.3f} -> {after:.3f}")
+    (start, before), *_, (end, after) = history.validation
+    console.print(f"validation loss {before:.3f} at step {start} -> {after:.3f} at step {end}")
     if dist.get_rank() == 0:
         prompt = options.prompt or (PROMPT if options.text is None else corpus.tokenizer.decode(corpus.validation[:8].tolist()))
         engine.eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import importlib
 import os
 from datetime import timedelta
 from typing import Any
@@ -49,10 +51,15 @@ def init_distributed(
     """Make the default process group, unless there is one.
 
     Ranks come from the launcher's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without it the process is
-    the only rank. ``dist_backend`` None is nccl where there are CUDA devices, gloo elsewhere.
+    the only rank. ``dist_backend`` None is nccl where there are CUDA devices, gloo elsewhere. The group ends with the
+    program.
     """
     if dist.is_initialized():
         return
+    # The defaults of this module's functions are the default group as it is when the module is imported. torch.optim
+    # imports it: later than here, the defaults would keep the group and its threads alive after `_leave`.
+    importlib.import_module("torch.distributed.nn")
+    atexit.register(_leave)
     backend = dist_backend or get_accelerator().communication_backend_name()
     if "RANK" not in os.environ and init_method is None:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -66,3 +73,10 @@ def log_summary() -> None:
     size. The engine's own collectives are counted; those that a program calls itself are not."""
     if not is_initialized() or get_rank() == 0:
         logger.info("communication so far\n%s", merged(living_logs()).table())
+
+
+def _leave() -> None:
+    """End the process groups while the interpreter still stands: a gloo thread that frees its last tensors later cannot
+    take the interpreter's lock any more, and aborts the finished program."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
