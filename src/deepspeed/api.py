@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from .accelerator import get_accelerator
 from .comm import init_distributed
+from .comm.agreement import on_all_ranks
 from .comm.communicator import Communicator
-from .config import DeepSpeedConfig, load_config
+from .config import ConfigError, DeepSpeedConfig, load_config
 from .engine.build import OptimizerArgument, OptimizerRequest, build_lr_scheduler, build_sharded_optimizer
 from .engine.engine import DeepSpeedEngine
 from .engine.parts import EngineParts
@@ -56,7 +57,12 @@ def initialize(
     if dist_init_required is not False:
         init_distributed(distributed_port=distributed_port)
     communicator = Communicator()
-    settings = load_config(source, world_size=communicator.size)
+    settings = on_all_ranks(
+        lambda: load_config(source, world_size=communicator.size),
+        communicator,
+        what="reading the configuration",
+        error=ConfigError,
+    )
     _announce(settings, communicator)
     precision = PrecisionPolicy.from_config(settings)
     device = _device(args)

@@ -38,6 +38,7 @@ SWITCHED_ON: dict[str, dict[str, Any]] = {
     "sparse_attention.mode": {"sparse_attention": {"mode": "fixed"}},
     "compression_training": {"compression_training": {"head_pruning": {"shared_parameters": {"enabled": True}}}},
     "compile.deepcompile": {"compile": {"deepcompile": True}},
+    "compile": {"compile": {"enabled": True, "passes": ["autosp"]}},
     "flops_profiler.recompute_fwd_factor": {"flops_profiler": {"recompute_fwd_factor": 1.0}},
     "comms_logger.debug": {"comms_logger": {"debug": True}},
     "datastates_ckpt": {"datastates_ckpt": {"host_cache_size": 16}},

@@ -9,6 +9,7 @@ from typing import Any
 from .origin import DEFAULT, Kind, Origin
 from .root import DeepSpeedConfig
 from .section import Section, stage_of, unit_of
+from .tuning import DEEPCOMPILE
 
 IDLE = (
     "activation_checkpointing",
@@ -21,8 +22,9 @@ IDLE = (
     "zero_optimization.leaf_module",
     "zero_optimization.offload_optimizer",
     "zero_optimization.offload_param",
+    *(f"compile.{name}" for name in DEEPCOMPILE),
 )
-"""Sections that no feature reads yet. Their keys, and those of a section that is not ``enabled``, have no effect."""
+"""Sections and keys that no feature reads yet."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,19 @@ def effective_entries(config: DeepSpeedConfig) -> Iterator[Entry]:
 
 def _entries(config: DeepSpeedConfig, section: Section, path: str, outside: str) -> Iterator[Entry]:
     """The entries of ``section``; ``outside`` is why nothing reads the section around it."""
-    off = path[:-1] in IDLE or not getattr(section, "enabled", True)
-    inside = outside or ("its section is off" if off else "")
+    inside = outside
+    if not getattr(section, "enabled", True):
+        inside = inside or "its section is off"
+    elif path[:-1] in IDLE:
+        inside = inside or "nothing reads it yet"
     sections = []
     for name, field in type(section).model_fields.items():
         value, inner, stage = getattr(section, name), f"{path}{name}", stage_of(field)
         idle = outside if name in ("enabled", "device") else inside
         if stage and stage != config.zero_optimization.stage:
             idle = idle or f"only stage {stage} reads it"
+        if inner in IDLE:
+            idle = idle or "nothing reads it yet"
         if isinstance(value, Section):
             sections.append((value, inner))
         elif isinstance(value, dict) and value:

@@ -48,8 +48,28 @@ class ElasticityConfig(Section):
     num_gpus_per_node: Int = key(1, "Ranks of a host.", unit="ranks", ge=1)
 
 
+DEEPCOMPILE = (
+    "passes",
+    "free_activation",
+    "offload_activation",
+    "offload_activation_pin_memory",
+    "offload_opt_states",
+    "offload_parameters",
+    "double_buffer",
+    "symmetric_memory",
+    "debug_log",
+    "sync_before_reduce",
+    "sync_after_reduce",
+    "sync_before_allgather",
+    "sync_after_allgather",
+    "keep_int_input_tensors",
+    "keep_all_input_tensors",
+)
+"""Keys of ``compile`` that DeepCompile alone reads."""
+
+
 class CompileConfig(Section):
-    """Compile the model by ``torch.compile`` when the engine is made. Keys after deepcompile have an effect with it alone."""
+    """Compile the model by ``torch.compile`` when the engine is made. The keys after deepcompile are DeepCompile's."""
 
     enabled: bool = key(False, "Compile the model.")
     backend: str = key("inductor", "The backend of torch.compile.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .errors import Problem
 from .parallel import PipelineConfig
+from .tuning import DEEPCOMPILE, CompileConfig
 
 if TYPE_CHECKING:
     from .root import DeepSpeedConfig
@@ -141,6 +142,11 @@ UNBUILT: tuple[tuple[str, Predicate, str], ...] = (
         "compression is not built yet; set enabled to false in each of its techniques, or remove the section.",
     ),
     ("compile.deepcompile", lambda c: c.compile.deepcompile, "DeepCompile is not built yet; set it to false."),
+    (
+        "compile",
+        lambda c: any(getattr(c.compile, name) != CompileConfig.model_fields[name].default for name in DEEPCOMPILE),
+        "only enabled, backend and kwargs have an effect, DeepCompile is not built yet; remove its keys.",
+    ),
     (
         "flops_profiler.recompute_fwd_factor",
         lambda c: c.flops_profiler.recompute_fwd_factor != 0,

@@ -22,6 +22,7 @@ COMPARED = (
     "torch_autocast",
     "data_types",
     "communication_data_type",
+    "gradient_allreduce_op",
     "prescale_gradients",
     "gradient_predivide_factor",
     "zero_optimization",
