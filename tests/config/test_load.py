@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepspeed.config import ConfigError, DeepSpeedConfig, load_config
@@ -209,11 +210,37 @@ def test_an_unrelated_top_level_key_is_one_warning_and_an_editors_none(caplog):
     with caplog.at_level(logging.WARNING, "DeepSpeed"):
         load_config({"msamp": {"enabled": True}, "$schema": "ds.json", "loss_scale": 3})
     assert [record.getMessage() for record in caplog.records] == [
-        "the configuration key 'msamp' is not known and has no effect",
-        "the configuration key 'loss_scale' is not known and has no effect (there is 'fp16.loss_scale')",
+        "[Rank 0] the configuration key 'msamp' is not known and has no effect",
+        "[Rank 0] the configuration key 'loss_scale' is not known and has no effect (there is 'fp16.loss_scale')",
     ]
 
 
 def test_a_configuration_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         load_config({}).gradient_clipping = 3.0  # type: ignore[misc]
+
+
+NAMES = sorted(
+    {part for path, _ in fields(DeepSpeedConfig) for part in path.split(".")} | {"cpu_offload", "bfloat16", "nonsense"}
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["auto", "cpu", "1e3", "", "Adam", "ü"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=8,
+)
+DOTTED = st.lists(st.sampled_from(NAMES), min_size=1, max_size=3).map(".".join)
+
+
+@settings(max_examples=300)
+@given(config=st.dictionaries(st.sampled_from(list(DeepSpeedConfig.model_fields)) | DOTTED, VALUES, max_size=5))
+def test_whatever_is_written_either_loads_or_is_an_error_of_the_configuration(config):
+    with contextlib.suppress(ConfigError):
+        assert isinstance(load_config(config), DeepSpeedConfig)
+
+
+@given(text=st.text())
+def test_any_text_is_a_configuration_or_an_error_of_one(text):
+    with contextlib.suppress(ConfigError):
+        load_config(text)
+    with contextlib.suppress(ConfigError):
+        load_config("{" + text)

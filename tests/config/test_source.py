@@ -130,3 +130,9 @@ def test_a_key_that_is_no_string_is_named():
 
 def test_a_list_in_a_string_is_told_that_an_object_is_needed():
     assert "a configuration is a JSON object" in said("[1]")
+
+
+def test_a_dictionary_that_contains_itself_is_told():
+    config: dict[str, object] = {}
+    config["fp16"] = config
+    assert "contain themselves" in said(config)

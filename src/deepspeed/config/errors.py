@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from ..logs import log_dist
 
 
 class ConfigError(ValueError):
@@ -30,6 +33,11 @@ def shown(value: Any, limit: int = 80) -> str:
     except (TypeError, ValueError):
         text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def warn(message: str) -> None:
+    """Log a warning, once for all ranks: they read the same configuration."""
+    log_dist(message, [0], logging.WARNING)
 
 
 def raise_problems(problems: Sequence[Problem], origin: str) -> None:

@@ -6,17 +6,14 @@ In this order: sections written as a truth value, keys written with dots, nulls 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .errors import Problem
+from .errors import Problem, warn
 from .origin import GIVEN, Kind, Origin
 from .renames import apply_renames
 from .root import DeepSpeedConfig
 from .section import Section, section_class
-
-logger = logging.getLogger("DeepSpeed")
 
 AUTO_FROM = {"scheduler.params.warmup_max_lr": "optimizer.params.lr"}
 """Keys whose "auto" is the value of another key. Every other "auto" that nobody filled in is the key's default."""
@@ -39,7 +36,7 @@ def _open_switches(values: dict[str, Any], sources: dict[str, Origin]) -> None:
     """``zero_optimization`` and its offload sections may be true or false."""
     zero = values.get("zero_optimization")
     if isinstance(zero, bool):
-        logger.warning("the configuration key 'zero_optimization' as true or false is deprecated; give a 'stage'")
+        warn("the configuration key 'zero_optimization' as true or false is deprecated; give a 'stage'")
         values["zero_optimization"] = {"stage": int(zero)}
         sources["zero_optimization.stage"] = Origin(
             Kind.RENAMED, f"given as zero_optimization: {str(zero).lower()} (deprecated)"

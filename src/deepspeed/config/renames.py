@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import Problem, shown
+from .errors import Problem, shown, warn
 from .origin import Kind, Origin
-
-logger = logging.getLogger("DeepSpeed")
 
 ZERO = "zero_optimization"
 
@@ -72,7 +69,8 @@ def apply_renames(values: dict[str, Any], sources: dict[str, Origin]) -> list[Pr
         if not isinstance(section, dict) or leaf not in section:
             continue
         if rename.deprecated:
-            logger.warning("the configuration key '%s' is deprecated; use '%s'", rename.old, "' and '".join(rename.new))
+            new = "' and '".join(rename.new)
+            warn(f"the configuration key '{rename.old}' is deprecated; use '{new}'")
         value = rename.convert(section.pop(leaf))
         origin = Origin(Kind.RENAMED, f"given as {rename.old}" + (" (deprecated)" if rename.deprecated else ""))
         for path in rename.new if value is not None else ():
@@ -109,5 +107,5 @@ def _same(one: Any, other: Any) -> bool:
         return bool(one == other)
     try:
         return float(one) == float(other)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False

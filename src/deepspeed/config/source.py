@@ -26,7 +26,10 @@ def read_source(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[dic
     where there is one, else base64 of JSON.
     """
     if isinstance(source, Mapping):
-        return _plain(source, ""), "the configuration"
+        try:
+            return _plain(source, ""), "the configuration"
+        except RecursionError:
+            raise ConfigError("the configuration: dictionaries are nested too deeply, or contain themselves") from None
     if isinstance(source, os.PathLike):
         return _read_file(Path(source))
     if not isinstance(source, str):

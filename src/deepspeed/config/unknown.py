@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from typing import Any
 
-from .errors import Problem
+from .errors import Problem, warn
 from .root import DeepSpeedConfig
 from .section import OpenSection, Section, fields, section_class
-
-logger = logging.getLogger("DeepSpeed")
 
 CLOSE = 0.84
 """Similarity above which an unknown top-level key is taken for a misspelt one."""
@@ -28,7 +25,7 @@ def drop_unknown_keys(values: dict[str, Any]) -> list[Problem]:
         if close:
             problems.append(Problem(key, f"unknown key; did you mean '{close[0]}'?"))
         elif key not in SILENT:
-            logger.warning("the configuration key '%s' is not known and has no effect%s", key, _homes(key))
+            warn(f"the configuration key '{key}' is not known and has no effect{_homes(key)}")
         del values[key]
     return problems + _drop_in(DeepSpeedConfig, values, "")
 
