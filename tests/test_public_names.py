@@ -43,8 +43,10 @@ NAMES: dict[str, list[str]] = {
     ],
     "accelerator": ["Accelerator", "get_accelerator", "is_current_accelerator_supported"],
     "comm": [
-        *["all_gather", "all_reduce", "barrier", "broadcast", "get_rank", "get_world_size", "init_distributed"],
-        *["is_initialized", "log_summary", "new_group"],
+        *["ReduceOp", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all"],
+        *["all_to_all_single", "barrier", "broadcast", "broadcast_object_list", "destroy_process_group", "gather"],
+        *["get_backend", "get_global_rank", "get_local_rank", "get_rank", "get_world_size", "init_distributed", "irecv"],
+        *["is_initialized", "isend", "log_summary", "new_group", "recv", "reduce", "reduce_scatter", "scatter", "send"],
     ],
     "monitor.config": ["CSVConfig", "CometConfig", "DeepSpeedMonitorConfig", "TensorBoardConfig", "WandbConfig"],
     "monitor.monitor": [

@@ -48,6 +48,7 @@ def stepped_directly(stage: int) -> dict[str, torch.Tensor]:
     for index in range(2):
         engine.backward(engine(batch(index * size + rank)).square().mean())
         optimizer.step()
+    assert len(engine._accumulation.losses) == 1
     return {name: value.detach().clone() for name, value in engine.module.state_dict().items()}
 
 

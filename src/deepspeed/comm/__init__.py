@@ -11,14 +11,31 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import (
+    ReduceOp,
     all_gather,
+    all_gather_into_tensor,
+    all_gather_object,
     all_reduce,
+    all_to_all,
+    all_to_all_single,
     barrier,
     broadcast,
+    broadcast_object_list,
+    destroy_process_group,
+    gather,
+    get_backend,
+    get_global_rank,
     get_rank,
     get_world_size,
+    irecv,
     is_initialized,
+    isend,
     new_group,
+    recv,
+    reduce,
+    reduce_scatter,
+    scatter,
+    send,
 )
 
 from ..accelerator import get_accelerator
@@ -26,16 +43,34 @@ from ..logs import logger
 from .log import living_logs, merged
 
 __all__ = [
+    "ReduceOp",
     "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
     "all_reduce",
+    "all_to_all",
+    "all_to_all_single",
     "barrier",
     "broadcast",
+    "broadcast_object_list",
+    "destroy_process_group",
+    "gather",
+    "get_backend",
+    "get_global_rank",
+    "get_local_rank",
     "get_rank",
     "get_world_size",
     "init_distributed",
+    "irecv",
     "is_initialized",
+    "isend",
     "log_summary",
     "new_group",
+    "recv",
+    "reduce",
+    "reduce_scatter",
+    "scatter",
+    "send",
 ]
 
 
@@ -80,3 +115,8 @@ def _leave() -> None:
     take the interpreter's lock any more, and aborts the finished program."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def get_local_rank() -> int:
+    """This process's rank on its machine, 0 where no launcher has said."""
+    return dist.get_node_local_rank(fallback_rank=0)

@@ -63,6 +63,9 @@ class DeepSpeedEngine(EngineInformation):
         """
         optimizer = self._training_optimizer("backward")
         check_loss(loss)
+        if not optimizer.reducer.used:
+            # Nothing has accumulated: a step of the optimizer itself, or zero_grad, took what there was.
+            self._accumulation.losses.clear()
         scale = optimizer.loss_scale
         if scale_wrt_gas:
             scale /= self.gradient_accumulation_steps()
