@@ -48,7 +48,7 @@ def test_a_rank_that_fails_takes_the_others_down_and_says_why(tmp_path, failure,
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--num_gpus", "0"], "--num_gpus is 0"), (["--num_nodes", "2"], "several nodes are not built yet")],
+    [(["--num_gpus", "0"], "0 is too few; expected 1 or more"), (["--num_nodes", "2"], "needs a hostfile")],
 )
 def test_a_wrong_command_line_is_refused(tmp_path, options, message):
     result = launch(tmp_path, "", *options)

@@ -1,3 +1,3 @@
-"""Starting ranks: the ``deepspeed`` command, So far on one machine."""
+"""Starting ranks, on one machine or on many: the ``deepspeed`` command."""
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import LaunchError
+from .world import Node
 
 DEEPSPEED_ENVIRONMENT_NAME = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
 
@@ -21,6 +21,9 @@ DEEPSPEED_ENVIRONMENT_NAME = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
 # moving threshold (up to 32 MiB), freed gradients and activations stay resident in its heaps: FSDP2's peak on a
 # 60 M-parameter GPT falls from 1844 to 878 MB with this value.
 MMAP_THRESHOLD_NBYTES = 65536
+
+# Variables of this machine that go to the other nodes: they set up Python and the communication libraries.
+_PROPAGATED = ("PYTHON", "NCCL_", "GLOO_", "UCX_", "MV2_", "OMP_NUM_THREADS", "DS_ACCELERATOR")
 
 _KEY = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 
@@ -56,42 +59,18 @@ def chosen_variables(assignments: Iterable[str]) -> dict[str, str]:
     return variables
 
 
+def exported_variables(chosen: Mapping[str, str]) -> dict[str, str]:
+    """What ranks on other nodes get besides their own nodes' variables: those that set up libraries here, and the
+    ones that the user names for this launch."""
+    inherited = {key: value for key, value in os.environ.items() if key.startswith(_PROPAGATED)}
+    return {**dict(sorted(inherited.items())), **chosen}
+
+
 def allocator_settings(surroundings: Mapping[str, str]) -> dict[str, str]:
     """Settings with which a CPU rank's resident set follows its live bytes; none off glibc or where the user set one."""
     if platform.libc_ver()[0] != "glibc" or "mmap_threshold" in surroundings.get("GLIBC_TUNABLES", ""):
         return {}
     return {"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD_NBYTES)}
-
-
-@dataclass(frozen=True)
-class Node:
-    """One node of a launch and its place among the others."""
-
-    pool: dict[str, list[int]]
-    rank: int
-    master_addr: str
-    master_port: int
-    accelerators: bool
-
-    @property
-    def host(self) -> str:
-        """This node's name in the pool."""
-        return list(self.pool)[self.rank]
-
-    @property
-    def slots(self) -> list[int]:
-        """The slots of this node that get a rank."""
-        return self.pool[self.host]
-
-    @property
-    def first_rank(self) -> int:
-        """The global rank of this node's local rank 0."""
-        return sum(len(slots) for slots in list(self.pool.values())[: self.rank])
-
-    @property
-    def world_size(self) -> int:
-        """Ranks on all nodes."""
-        return sum(len(slots) for slots in self.pool.values())
 
 
 def rank_variables(node: Node, threads: int, chosen: Mapping[str, str]) -> list[dict[str, str]]:
@@ -105,12 +84,12 @@ def rank_variables(node: Node, threads: int, chosen: Mapping[str, str]) -> list[
         common["CUDA_VISIBLE_DEVICES"] = visible_devices(node.slots, surroundings.get("CUDA_VISIBLE_DEVICES"))
     local_size = str(len(node.slots))
     common |= {
-        "WORLD_SIZE": str(node.world_size),
+        "WORLD_SIZE": str(node.world.size),
         "LOCAL_WORLD_SIZE": local_size,
         "LOCAL_SIZE": local_size,
         "GROUP_RANK": str(node.rank),
-        "MASTER_ADDR": node.master_addr,
-        "MASTER_PORT": str(node.master_port),
+        "MASTER_ADDR": node.world.master_addr,
+        "MASTER_PORT": str(node.world.master_port),
     }
     return [
         common | {"RANK": str(node.first_rank + local_rank), "LOCAL_RANK": str(local_rank)}

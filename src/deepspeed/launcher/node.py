@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -42,16 +43,31 @@ class RankCommand:
     arguments: list[str]
     variables: dict[str, str]
 
+    def shell_line(self) -> str:
+        """The command as a line for a shell."""
+        setting = (f"{key}={value}" for key, value in self.variables.items())
+        return shlex.join(["env", *setting, sys.executable, *self.arguments])
+
 
 @dataclass
-class Signals:
-    """The signals that have asked the launcher to stop, in order of arrival."""
+class Requests:
+    """What asks this node's ranks to stop, and what the other nodes may want to know of it.
 
-    received: list[int] = field(default_factory=list)
+    ``signals`` in order of arrival, here or passed on by another node; ``elsewhere`` says what has ended the job on
+    another node; ``failed`` is set as soon as a rank here has failed.
+    """
+
+    signals: list[int] = field(default_factory=list)
+    elsewhere: str = ""
+    failed: str = ""
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """The signal handler: note the signal, and let the main loop act on it."""
-        self.received.append(number)
+        self.signals.append(number)
+
+
+Attendant = Callable[[Requests], AbstractContextManager[object]]
+"""Brings requests from elsewhere while ranks run, such as `deepspeed.launcher.launch.listen`."""
 
 
 @dataclass
@@ -107,20 +123,21 @@ class _Watch:
         return deaths
 
 
-def run_ranks(commands: list[RankCommand], *, host: str, grace_seconds: float) -> int:
+def run_ranks(commands: list[RankCommand], *, host: str, grace_seconds: float, attend: Attendant = nullcontext) -> int:
     """Run the ranks to their end; returns the code that the launcher exits with.
 
     0 when all ranks return 0; the failed rank's own code (128 + signal number for a signal) when one fails; 130 after
     Ctrl-C and 128 + signal number after SIGTERM or SIGHUP, which are passed on to the ranks; they then have
-    ``grace_seconds`` to end before they are killed, less when a second signal comes.
+    ``grace_seconds`` to end before they are killed, less when a second signal comes; 1 when the job has failed on
+    another node. ``attend`` brings word of that while the ranks run.
     """
     oom_before = failure.oom_kill_counts()
-    with tempfile.TemporaryDirectory(prefix="deepspeed-") as folder, listening() as signals:
+    with tempfile.TemporaryDirectory(prefix="deepspeed-") as folder, listening() as requests, attend(requests):
         context = _start(commands, folder)
-        with listening(signals):  # torch has put its own handlers in place on starting
+        with listening(requests):  # torch has put its own handlers in place on starting
             watch = _Watch(context, commands, Path(folder))
             try:
-                return _watch(watch, signals, oom_before, host, grace_seconds)
+                return _watch(watch, requests, oom_before, host, grace_seconds)
             finally:
                 _kill_sessions(context)
 
@@ -142,25 +159,30 @@ def _start(commands: list[RankCommand], folder: str) -> SubprocessContext:
 
 
 @contextmanager
-def listening(signals: Signals | None = None) -> Iterator[Signals]:
+def listening(requests: Requests | None = None) -> Iterator[Requests]:
     """Note signals instead of dying of them, so that the ranks are always taken down first."""
-    signals = signals or Signals()
-    previous = {number: signal.signal(number, signals.receive) for number in SIGNALS}
+    requests = requests or Requests()
+    previous = {number: signal.signal(number, requests.receive) for number in SIGNALS}
     try:
-        yield signals
+        yield requests
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _watch(watch: _Watch, signals: Signals, oom_before: dict[Path, int], host: str, grace_seconds: float) -> int:
+def _watch(watch: _Watch, requests: Requests, oom_before: dict[Path, int], host: str, grace_seconds: float) -> int:
     while True:
         watch.sample()
         codes = watch.exit_codes()
-        if signals.received:
-            return _interrupted(watch, signals, oom_before, grace_seconds)
+        if requests.signals:
+            return _interrupted(watch, requests, oom_before, grace_seconds)
         if any(codes.values()) or watch.stuck(codes):
+            requests.failed = f"a rank failed on {host}"
             return _failed(watch, oom_before, host)
+        if requests.elsewhere:
+            print(f"\ndeepspeed: {requests.elsewhere}; stopping the ranks on {host}", file=sys.stderr, flush=True)
+            _stop(watch, signal.SIGTERM, FAILURE_GRACE_SECONDS)
+            return 1
         if len(codes) == len(watch.commands):
             return 0
         time.sleep(POLL_SECONDS)
@@ -178,8 +200,8 @@ def _failed(watch: _Watch, oom_before: dict[Path, int], host: str) -> int:
     return 1 if code is None else code if code > 0 else 128 - code if code < 0 else 1
 
 
-def _interrupted(watch: _Watch, signals: Signals, oom_before: dict[Path, int], grace_seconds: float) -> int:
-    number = signals.received[0]
+def _interrupted(watch: _Watch, requests: Requests, oom_before: dict[Path, int], grace_seconds: float) -> int:
+    number = requests.signals[0]
     name = signal.Signals(number).name
     print(
         f"\ndeepspeed: {name} received; ranks have {grace_seconds:g} s to save and end (again to end them now)",
@@ -189,7 +211,7 @@ def _interrupted(watch: _Watch, signals: Signals, oom_before: dict[Path, int], g
     _signal_running(watch, number)
     deadline = time.monotonic() + grace_seconds
     while len(codes := watch.exit_codes()) < len(watch.commands):
-        if time.monotonic() > deadline or len(signals.received) > 1:
+        if time.monotonic() > deadline or len(requests.signals) > 1 or requests.elsewhere:
             break
         time.sleep(POLL_SECONDS)
     for death in watch.deaths(codes, oom_before):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .errors import LaunchError
+
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -39,3 +41,16 @@ def core_shares(cores: list[int], ranks: int) -> list[list[int]]:
     if share == 0:
         return [[cores[rank % len(cores)]] for rank in range(ranks)]
     return [cores[rank * share : (rank + 1) * share] for rank in range(ranks)]
+
+
+def parse_range_list(rng_str: str) -> list[int]:
+    """The cores in ``1,3-5,7``, sorted: ``[1, 3, 4, 5, 7]``. Raises LaunchError for anything else, or a core twice."""
+    cores: list[int] = []
+    for part in rng_str.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
+            raise LaunchError(f"core list {rng_str!r}: {part!r} is neither a core nor a range such as 3-5")
+        cores += range(int(first), int(last or first) + 1)
+    if len(set(cores)) < len(cores):
+        raise LaunchError(f"core list {rng_str!r} names a core twice; name each once")
+    return sorted(cores)

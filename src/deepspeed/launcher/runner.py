@@ -1,28 +1,35 @@
-"""The ``deepspeed`` command: decide how many ranks this machine runs, and run them.
-
-Nodes other than this machine are not built yet: the options that ask for them are refused, never ignored.
-"""
+"""The ``deepspeed`` command: plan a launch, then start this machine's ranks or the commands that start all nodes'."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
-from collections.abc import Sequence
-from importlib import metadata
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from .arguments import parse_args
-from .environment import DEEPSPEED_ENVIRONMENT_NAME, Node, chosen_variables, rank_variables
+from .. import __version__
+from .arguments import REMOTE_SHELLS, parse_args
+from .environment import DEEPSPEED_ENVIRONMENT_NAME, chosen_variables
 from .errors import LaunchError
-from .node import RankCommand, run_ranks
-from .resources import accelerator_count, available_cores, core_shares
+from .hostfile import fetch_hostfile, parse_inclusion_exclusion, parse_resource_filter
+from .launch import make_node, run_node
+from .multinode_runner import MultiNodeRunner
+from .plan import Plan, make_plan
+from .program import Program, rank_commands
+from .world import encode_world_info
 
-__all__ = ["DEEPSPEED_ENVIRONMENT_NAME", "main", "parse_args"]
-
-LOCALHOST = "localhost"
-_SEVERAL_NODES = ("hostfile", "include", "exclude", "launcher_args", "force_multi", "no_ssh", "world_info")
+__all__ = [
+    "DEEPSPEED_ENVIRONMENT_NAME",
+    "encode_world_info",
+    "fetch_hostfile",
+    "main",
+    "parse_args",
+    "parse_inclusion_exclusion",
+    "parse_resource_filter",
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,56 +45,63 @@ def main(argv: Sequence[str] | None = None) -> int:
         return explain_config(arguments[1:])
     options = parse_args(arguments)
     if options.version:
-        print(metadata.version("deepspeed"))
+        print(__version__)
         return 0
     try:
-        return _launch(options)
+        program, chosen = Program.from_options(options), chosen_variables(options.env)
+        plan = make_plan(options, chosen)
+        if options.dry_run:
+            print("\n".join(_command_lines(plan, program, chosen)))
+            return 0
+        with _process_id_file() if options.save_pid else nullcontext():
+            return _run(plan, program, chosen, options)
     except LaunchError as error:
         print(f"deepspeed: error: {error}", file=sys.stderr)
         return 2
 
 
-def _launch(options: argparse.Namespace) -> int:
-    asked = [f"--{name}" for name in _SEVERAL_NODES if getattr(options, name)]
-    if options.num_nodes > 1:
-        asked.append(f"--num_nodes {options.num_nodes}")
-    if asked:
-        raise LaunchError(f"{', '.join(asked)}: several nodes are not built yet; leave it out to run on this machine")
-    count = accelerator_count()
-    ranks = options.num_gpus if options.num_gpus != -1 else count or 1
-    if count and ranks > count:
-        raise LaunchError(f"--num_gpus {ranks} asks for {ranks - count} more processes than the {count} accelerators")
-    address, port = options.master_addr or "127.0.0.1", options.master_port or _free_port()
-    node = Node({LOCALHOST: list(range(ranks))}, 0, address, port, accelerators=count > 0)
-    commands = _rank_commands(options, node)
-    if not options.dry_run:
-        return run_ranks(commands, host=node.host, grace_seconds=options.grace_period)
-    for command in commands:
-        setting = [f"{key}={value}" for key, value in command.variables.items()]
-        print(shlex.join(["env", *setting, sys.executable, *command.arguments]))
-    return 0
+def _run(plan: Plan, program: Program, chosen: dict[str, str], options: argparse.Namespace) -> int:
+    if plan.runner is not None:
+        return _run_elsewhere(plan.runner, program, check_ssh=not options.no_ssh_check)
+    node = make_node(plan.world, plan.node_rank)
+    if len(plan.world.pool) == 1:
+        return run_node(program, node, chosen=chosen)
+    from .peers import Peers
+
+    return run_node(program, node, chosen=chosen, attend=Peers(node).attend)
 
 
-def _free_port() -> int:
-    from torch.distributed.elastic.utils.distributed import get_free_port
+def _run_elsewhere(runner: MultiNodeRunner, program: Program, *, check_ssh: bool) -> int:
+    from .remote import check_reachable, run_commands
 
-    return int(get_free_port())
+    commands = runner.commands()
+    if not runner.backend_exists():
+        raise LaunchError(
+            f"--launcher {runner.name} needs {runner.executable}, which is not on this machine's PATH; install it, or "
+            "choose another launcher"
+        )
+    if check_ssh and runner.name in REMOTE_SHELLS:
+        check_reachable(runner.job)
+    return run_commands(commands, grace_seconds=program.grace_seconds)
 
 
-def _rank_commands(options: argparse.Namespace, node: Node) -> list[RankCommand]:
-    """What each of the node's ranks runs: `deepspeed.launcher.worker` around the user's script."""
-    kind = "program" if options.no_python else "module" if options.module else "script"
-    if kind == "script" and not Path(options.user_script).exists():
-        raise LaunchError(f"the script {options.user_script} does not exist; check the path, from {Path.cwd()}")
-    shares = core_shares(available_cores(), len(node.slots))
-    commands = []
-    for local_rank, variables in enumerate(rank_variables(node, len(shares[0]), chosen_variables(options.env))):
-        cores = ",".join(map(str, shares[local_rank])) if options.bind_cores_to_rank else "-"
-        local = [] if options.no_local_rank or options.no_python else [f"--local_rank={local_rank}"]
-        wrapper = ["-u", str(Path(__file__).with_name("worker.py")), str(os.getpid()), kind, cores]
-        arguments = [*wrapper, options.user_script, *local, *options.user_args]
-        commands.append(RankCommand(node.first_rank + local_rank, arguments, variables))
-    return commands
+def _command_lines(plan: Plan, program: Program, chosen: dict[str, str]) -> list[str]:
+    """What would be run, for a shell: the runner's commands, or those of this machine's ranks."""
+    if plan.runner is not None:
+        return [command.shell_line() for command in plan.runner.commands()]
+    commands = rank_commands(program, make_node(plan.world, plan.node_rank), chosen)
+    return [command.shell_line() for command in commands]
+
+
+@contextmanager
+def _process_id_file() -> Iterator[None]:
+    """The launcher's process id in /tmp/PID.ds, for a program that has started it; removed at the end."""
+    path = Path(tempfile.gettempdir()) / f"{os.getpid()}.ds"
+    path.write_text(str(os.getpid()))
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

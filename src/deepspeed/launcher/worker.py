@@ -1,10 +1,11 @@
 """One rank's process, before and around the user's script.
 
-Run by path, as ``python -u worker.py LAUNCHER_PID KIND CORES TARGET ARGUMENTS...``, so that a script which needs no
-torch does not wait for it: only the standard library is imported here. In order: ask the kernel to end this process
-with its launcher, pin it to CORES (comma-separated, or ``-``), then run TARGET, whose KIND is ``script``, ``module``
-or ``program``. What ends the script early is written to the file that TORCHELASTIC_ERROR_FILE names, in the form of
-torch's own ``record`` decorator; a crash in native code leaves its Python stack in ``fault.txt`` beside it.
+Run by path, as ``python -u worker.py LAUNCHER_PID KIND CORES LOG TARGET ARGUMENTS...``, so that a script which needs
+no torch does not wait for it: only the standard library is imported here. In order: ask the kernel to end this process
+with its launcher, pin it to CORES (comma-separated, or ``-``), send its output to the file LOG (or, ``-``, leave it),
+then run TARGET, whose KIND is ``script``, ``module`` or ``program``. What ends the script
+early is written to the file that TORCHELASTIC_ERROR_FILE names, in the form of torch's own ``record`` decorator; a
+crash in native code leaves its Python stack in ``fault.txt`` beside it.
 """
 
 from __future__ import annotations
@@ -28,18 +29,20 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Become the rank that the command line describes."""
-    launcher, kind, cores, *command = sys.argv[1:]
-    _die_with(int(launcher))
+    launcher, kind, cores, log, *command = sys.argv[1:]
+    end_with(int(launcher), signal.SIGKILL)
     if cores != "-":
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+    if log != "-":
+        redirect(Path(log))
     if kind == "program":
-        _execute(command)
+        execute(command)
     error_file = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
     sys.argv[:] = command
     with (error_file.parent / "fault.txt").open("w") as faults:
         faulthandler.enable(faults)
         try:
-            _run(kind, command[0])
+            run(kind, command[0])
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
         except Exception as error:
@@ -49,23 +52,34 @@ def main() -> None:
             faulthandler.disable()
 
 
-def _die_with(launcher: int) -> None:
-    """No rank outlives its launcher, even one that was killed with SIGKILL and could not clean up."""
+def end_with(parent: int, number: signal.Signals) -> None:
+    """Ask the kernel (Linux) for signal ``number`` when ``parent``, this process's own, ends: even when it is killed
+    with SIGKILL and cannot clean up, nothing that it has started stays."""
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:  # it died before the request above
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:  # it died before the request above
         sys.exit("the launcher is gone")
 
 
-def _execute(command: list[str]) -> NoReturn:
+def redirect(log: Path) -> None:
+    """Send this process's output to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def execute(command: list[str]) -> NoReturn:
+    """Become another program."""
     try:
         os.execvp(command[0], command)
     except OSError as error:
         sys.exit(f"cannot run the program {command[0]}: {error.strerror}")
 
 
-def _run(kind: str, target: str) -> None:
+def run(kind: str, target: str) -> None:
+    """Run a script or module in this process, as Python itself would."""
     if kind == "module":
         sys.path[0] = str(Path.cwd())
         runpy.run_module(target, run_name="__main__", alter_sys=True)

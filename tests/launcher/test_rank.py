@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepspeed.launcher.errors import LaunchError
+from deepspeed.launcher.rank import Place, find_place, first_host, master_address, rank_settings, slots_here
+from deepspeed.launcher.world import encode_world_info
+
+SOURCE = Path(__file__).parent.parent.parent / "src"
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+HYDRA = {"PMI_RANK": "5", "MPI_LOCALRANKID": "1", "PMI_SIZE": "8", "MPI_LOCALNRANKS": "4"}
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_NODEID": "1",
+}
+
+
+@pytest.mark.parametrize("variables", [OPEN_MPI, HYDRA, SLURM, {**SLURM, "PMI_RANK": "5", "PMI_SIZE": "8"}])
+def test_mpi_and_slurm_say_where_a_rank_is(variables):
+    assert find_place(variables) == Place(rank=5, local_rank=1, size=8, local_size=4)
+
+
+def test_mpi_within_a_slurm_job_speaks_for_itself():
+    job = {**SLURM, "SLURM_PROCID": "0"}
+    assert find_place({**job, **OPEN_MPI}).rank == find_place({**job, **HYDRA}).rank == 5
+
+
+def test_slurm_may_run_another_number_of_ranks_on_each_node():
+    assert find_place({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "4(x1),3,1", "SLURM_NODEID": "1"}).local_size == 3
+
+
+def test_a_process_that_nobody_started_as_a_rank_is_an_error():
+    with pytest.raises(LaunchError, match="start it by mpirun or srun"):
+        find_place({"PMI_RANK": "0"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[003-007,9],login1", "gpu003"), ("a,b", "a"), ("n7", "n7"), ("r[1-2].cluster,x", "r1.cluster"), ("a,b[1-2]", "a")],
+)
+def test_the_first_of_slurms_nodes_has_rank_0(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_rank_0_is_found_from_the_user_slurm_or_this_machine():
+    several, alone = Place(5, 1, 8, 4), Place(1, 1, 2, 2)
+    assert master_address({"MASTER_ADDR": "boss", "SLURM_JOB_NODELIST": "a,b"}, several) == "boss"
+    assert master_address({"SLURM_JOB_NODELIST": "a,b"}, several) == "a"
+    assert master_address({}, alone) == "127.0.0.1"
+    with pytest.raises(LaunchError, match="MASTER_ADDR is not set"):
+        master_address({}, several)
+
+
+def test_slots_come_from_the_nodes_name_or_the_order_of_ranks():
+    pool = {"b": [0, 1], "a": [2, 3]}
+    assert slots_here(pool, Place(2, 0, 4, 2), "") == [2, 3]
+    assert slots_here(pool, Place(2, 0, 4, 2), "b") == [0, 1]
+    with pytest.raises(LaunchError, match="a runs 1 ranks and was to run 2"):
+        slots_here(pool, Place(2, 0, 4, 1), "")
+
+
+def test_a_rank_sees_the_accelerators_of_its_slots():
+    pool = {"a": [0, 1], "b": [1, 3, 5, 7]}
+    place = {**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "6", "MASTER_ADDR": "a"}
+    settings = rank_settings(place, pool, accelerators=True, cores=3)
+    assert settings["CUDA_VISIBLE_DEVICES"] == "1,3,5,7" and settings["OMP_NUM_THREADS"] == "3"
+    assert "OMP_NUM_THREADS" not in rank_settings({**place, "OMP_NUM_THREADS": "9"}, pool, accelerators=True, cores=3)
+
+
+def run_rank(tmp_path: Path, script: str) -> subprocess.CompletedProcess[str]:
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    variables = {**OPEN_MPI, "MASTER_ADDR": "boss", "PYTHONPATH": str(SOURCE), "DS_ACCELERATOR": "cpu"}
+    pool = encode_world_info({"a": [0, 1, 2, 3], "b": [0, 1, 2, 3]})
+    command = [sys.executable, "-m", "deepspeed.launcher.rank", f"--world_info={pool}", str(path), "--flag"]
+    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60)
+
+
+def test_the_entry_becomes_the_script_with_the_usual_variables(tmp_path):
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    result = run_rank(tmp_path, f"import os, sys\nprint(*[os.environ[n] for n in {names}], *sys.argv[1:])")
+    assert result.stdout.split() == ["5", "1", "8", "4", "boss", "29500", "--local_rank=1", "--flag"], result.stderr
+
+
+def test_a_script_that_raises_shows_its_traceback_and_fails(tmp_path):
+    result = run_rank(tmp_path, "raise ValueError('no such luck')")
+    assert result.returncode == 1 and "ValueError: no such luck" in result.stderr
