@@ -114,6 +114,7 @@ class SSHRunner(MultiNodeRunner):
     executable = "ssh"
 
     def commands(self) -> list[Command]:
+        """One ssh for each host, in order of rank."""
         prefix = ssh_prefix(self.job)
         return [
             Command(host, (*prefix, host, self._node_entry(str(place), "--listen")), listens=True)
@@ -134,6 +135,7 @@ class PDSHRunner(MultiNodeRunner):
     executable = "pdsh"
 
     def commands(self) -> list[Command]:
+        """The one pdsh."""
         hosts = ",".join(self.job.world.pool)
         # -S: the nodes' exit code; -k: one node's failure ends the others; -b: one interrupt ends all;
         # -f: all at once.
@@ -154,6 +156,7 @@ class OpenMPIRunner(MultiNodeRunner):
     executable = "mpirun"
 
     def commands(self) -> list[Command]:
+        """The one mpirun."""
         pool = self.job.world.pool
         hosts = ",".join(f"{host}:{len(slots)}" for host, slots in pool.items())
         exports = [word for key, value in self.job.variables.items() for word in ("-x", f"{key}={value}")]
@@ -169,6 +172,7 @@ class MPICHRunner(MultiNodeRunner):
     executable = "mpiexec"
 
     def commands(self) -> list[Command]:
+        """The one mpiexec."""
         hosts = ",".join(f"{host}:{len(slots)}" for host, slots in self.job.world.pool.items())
         exports = [word for key, value in self.job.variables.items() for word in ("-genv", key, value)]
         placement = ("-n", str(self.job.world.size), "-hosts", hosts)
@@ -182,6 +186,7 @@ class MVAPICHRunner(MPICHRunner):
     name = "mvapich"
 
     def commands(self) -> list[Command]:
+        """MPICH's, without pinning."""
         (command,) = super().commands()
         at = command.arguments.index(sys.executable)
         pinning = ("-genv", "MV2_ENABLE_AFFINITY", "0")
@@ -197,6 +202,7 @@ class IMPIRunner(MultiNodeRunner):
     executable = "mpirun"
 
     def commands(self) -> list[Command]:
+        """The one mpirun."""
         per_node = str(self.job.ranks_per_node(self.name))
         exports = [word for key, value in {"I_MPI_PIN": "0", **self.job.variables}.items() for word in ("-genv", key, value)]
         placement = ("-n", str(self.job.world.size), "-ppn", per_node, "-hosts", ",".join(self.job.world.pool))
@@ -212,6 +218,7 @@ class SlurmRunner(MultiNodeRunner):
     executable = "srun"
 
     def commands(self) -> list[Command]:
+        """The one srun."""
         pool = self.job.world.pool
         placement = (
             f"--nodes={len(pool)}",

@@ -110,6 +110,7 @@ class _Remote:
         )
 
     def poll(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
         return self._process.poll()
 
     def account(self, code: int) -> str:
