@@ -1,8 +1,9 @@
 """A checkpoint directory that appears whole or not at all.
 
-Each rank writes ``rank_<r>.safetensors``; rank 0 adds ``index.json``, renames the temporary directory to the tag, and
-writes ``latest`` last. A file is complete when its rename has happened, so a save that is killed leaves the previous
-checkpoint as it was.
+Each rank writes ``rank_<r>.safetensors`` into a temporary directory, with a checksum of each tensor; rank 0 adds
+``index.json``, renames the directory to the tag, and writes ``latest`` last. A save that is killed at any moment leaves
+the previous checkpoint loadable: one of the same tag is set aside as ``.<tag>.replaced`` between the two renames, and is
+found there.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,6 +27,8 @@ FORMAT = "deepspeed-fragments"
 VERSION = 1
 INDEX = "index.json"
 LATEST = "latest"
+
+Result = TypeVar("Result")
 
 
 class CheckpointError(RuntimeError):
@@ -41,13 +45,16 @@ def write_checkpoint(
     temporary = directory / f".{tag}.saving"
 
     def prepare() -> None:
+        if Path(tag).name != tag:
+            raise ValueError(f"the tag '{tag}' is not the name of a directory")
         if communicator.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
 
     def write() -> None:
-        path = temporary / _file_name(communicator.rank)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        path = temporary / file_name(communicator.rank)
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, path, metadata={"format": "pt", **{name: checksum(tensor) for name, tensor in whole.items()}})
         _sync(path)
         if communicator.rank == 0:
             content = {"format": FORMAT, "version": VERSION, "ranks": communicator.size, **index}
@@ -55,8 +62,8 @@ def write_checkpoint(
 
     def publish() -> None:
         if communicator.rank == 0:
-            final = directory / tag
-            replaced = directory / f".{tag}.replaced"
+            _sync(temporary)
+            final, replaced = directory / tag, _replaced(directory, tag)
             if final.exists():
                 shutil.rmtree(replaced, ignore_errors=True)
                 final.rename(replaced)
@@ -74,13 +81,14 @@ def write_checkpoint(
 
 
 def write_latest(directory: Path, tag: str, communicator: Communicator) -> None:
-    """Make ``tag`` the checkpoint that loads by default."""
+    """Make ``tag`` the checkpoint that loads by default. Called on all ranks."""
 
     def write() -> None:
         if communicator.rank == 0:
             temporary = directory / f".{LATEST}"
             _write_text(temporary, tag)
             temporary.rename(directory / LATEST)
+            _sync(directory)
 
     on_all_ranks(write, f"writing {directory / LATEST}", communicator)
 
@@ -91,56 +99,42 @@ def read_latest(directory: Path) -> str | None:
     return path.read_text().strip() if path.is_file() else None
 
 
-class CheckpointReader:
-    """Reads tensors by name from all ranks' files of one checkpoint."""
+def find_checkpoint(directory: Path, tag: str) -> Path:
+    """The directory of the checkpoint ``tag``, or CheckpointError."""
+    for path in (directory / tag, _replaced(directory, tag)):
+        if path.is_dir():
+            return path
+    there = sorted(path.parent.name for path in directory.glob(f"*/{INDEX}")) if directory.is_dir() else []
+    raise CheckpointError(f"{directory / tag} does not exist; {directory} has {', '.join(there) or 'no checkpoint'}")
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.index = self._read_index()
-        self._homes: dict[str, Path] = {}
-        for rank in range(self.index["ranks"]):
-            file = path / _file_name(rank)
-            try:
-                with safe_open(file, framework="pt") as content:
-                    self._homes.update(dict.fromkeys(content.keys(), file))
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{file} is missing or damaged ({error}): the checkpoint is incomplete") from error
 
-    def _read_index(self) -> dict[str, Any]:
-        file = self.path / INDEX
+def on_all_ranks(action: Callable[[], Result], what: str, communicator: Communicator) -> Result:
+    """Run ``action``, which must not communicate, on every rank; where it fails on one, raise CheckpointError on all."""
+
+    def checked() -> Result:
         try:
-            index = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file} is missing or damaged ({error}): this is not a whole checkpoint") from error
-        if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") != VERSION:
-            raise CheckpointError(f"{file} is not the index of a {FORMAT} checkpoint of version {VERSION}")
-        return index
-
-    def names(self) -> list[str]:
-        """The names of all tensors."""
-        return list(self._homes)
-
-    def read(self, name: str) -> Tensor:
-        """One tensor."""
-        with safe_open(self._homes[name], framework="pt") as content:
-            tensor: Tensor = content.get_tensor(name)
-            return tensor
-
-
-def _file_name(rank: int) -> str:
-    return f"rank_{rank:05d}.safetensors"
-
-
-def on_all_ranks(action: Callable[[], None], what: str, communicator: Communicator) -> None:
-    """Run ``action`` on every rank; where it fails on one, raise CheckpointError on all."""
-
-    def checked() -> None:
-        try:
-            action()
+            return action()
+        except CheckpointError:
+            raise
         except Exception as error:
             raise CheckpointError(f"{what} failed on rank {communicator.rank}: {error}") from error
 
-    agreement.on_all_ranks(checked, communicator, what=what, error=CheckpointError)
+    return agreement.on_all_ranks(checked, communicator, what=what, error=CheckpointError)
+
+
+def file_name(rank: int) -> str:
+    """The file in which a rank keeps its tensors."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def checksum(tensor: Tensor) -> str:
+    """CRC-32 of the elements of a contiguous CPU tensor, as eight hexadecimal digits."""
+    flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    return f"{zlib.crc32(flat.numpy().data):08x}"
+
+
+def _replaced(directory: Path, tag: str) -> Path:
+    return directory / f".{tag}.replaced"
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -22,11 +22,12 @@ from ..config.batch import BatchSizes
 from ..profiling.wall_clock import ThroughputTimer, WallClockTimers
 from ..zero.optimizer import ShardedOptimizer
 from .batches import check_loss, loss_of
-from .checkpointing import load_training_checkpoint, save_training_checkpoint
+from .checkpointing import save_training_checkpoint
 from .information import EngineInformation
 from .instruments import Instruments
 from .loader import RepeatingLoader
 from .parts import Accumulation, EngineParts
+from .restoring import LoadRequest, load_training_checkpoint
 from .weights import consolidated_state_dict, save_weights
 
 
@@ -255,10 +256,12 @@ class DeepSpeedEngine(EngineInformation):
             self,
             Path(load_dir),
             tag=str(tag) if tag is not None else None,
-            strict=load_module_strict,
-            optimizer_states=load_optimizer_states and not load_module_only,
-            scheduler_states=load_lr_scheduler_states and not load_module_only,
-            counters=not load_module_only,
+            request=LoadRequest(
+                strict=load_module_strict,
+                optimizer_states=load_optimizer_states and not load_module_only,
+                scheduler_states=load_lr_scheduler_states and not load_module_only,
+                counters=not load_module_only,
+            ),
         )
         self._accumulation.start_over()
         return loaded

@@ -1,0 +1,140 @@
+"""Reading a checkpoint: which stored pieces hold a range of a tensor, and their elements.
+
+A tensor of the checkpoint is known by its *kind* (``weight``, or the name of an optimizer state) and its *name* in the
+model. It is stored flat, in *pieces*, one for each rank that owned a part, named ``<kind>/<name>@<start>``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .directory import FORMAT, INDEX, VERSION, CheckpointError, checksum, file_name
+
+WEIGHT = "weight"
+
+
+def piece_name(kind: str, name: str, start: int) -> str:
+    """The name under which elements of a tensor from ``start`` on are stored."""
+    return f"{kind}/{name}@{start}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements ``[start, start + numel)`` of the stored tensor ``piece``."""
+
+    piece: str
+    start: int
+    numel: int
+
+
+class CheckpointReader:
+    """One checkpoint's index and stored tensors. A context manager: it holds files open.
+
+    ``index`` is the whole index; ``shapes`` are those of the model's tensors, by name.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.index = self._read_index()
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in self.index["shapes"].items()}
+        self._files: dict[str, Any] = {}
+        self._pieces: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
+        self._stack = ExitStack()
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._stack.close()
+
+    def kinds(self, names: Iterable[str]) -> set[str]:
+        """The kinds of which some of the tensors ``names`` are stored."""
+        wanted = set(names)
+        return {kind for kind, name in self._pieces if name in wanted}
+
+    def parts(self, kind: str, name: str, start: int, numel: int) -> list[Part]:
+        """Where elements ``[start, start + numel)`` of a flattened tensor are stored, in order.
+
+        Raises CheckpointError where some are stored nowhere.
+        """
+        found = []
+        stop = start + numel
+        for piece_start, piece in self._pieces.get((kind, name), []):
+            piece_stop = piece_start + prod(self._files[piece].get_slice(piece).get_shape())
+            if piece_start <= start < min(piece_stop, stop):
+                end = min(piece_stop, stop)
+                found.append(Part(piece, start - piece_start, end - start))
+                start = end
+        if start < stop:
+            raise CheckpointError(f"{self.path} is incomplete: it lacks the elements {start} to {stop - 1} of {kind}/{name}")
+        return found
+
+    def verify(self, pieces: Iterable[str]) -> None:
+        """Read stored tensors and raise CheckpointError, naming the first that is not what was saved."""
+        for piece in sorted(set(pieces)):
+            self.verified(piece)
+
+    def verified(self, piece: str) -> Tensor:
+        """One stored tensor, or CheckpointError where it is not what was saved."""
+        tensor = self.read(piece)
+        if (self._files[piece].metadata() or {}).get(piece) != checksum(tensor):
+            raise CheckpointError(f"{self.path} is damaged: the checksum of {piece} is not that of its elements")
+        return tensor
+
+    def read(self, piece: str) -> Tensor:
+        """One stored tensor."""
+        tensor: Tensor = self._files[piece].get_tensor(piece)
+        return tensor
+
+    def read_part(self, part: Part) -> Tensor:
+        """The elements of a part, 1-D."""
+        return self.read(part.piece).reshape(-1)[part.start : part.start + part.numel]
+
+    def _open(self) -> None:
+        for rank in range(self.index["ranks"]):
+            file = self.path / file_name(rank)
+            try:
+                content = self._stack.enter_context(safe_open(file, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{file} is missing or damaged ({error}): the checkpoint is incomplete") from error
+            for piece in content.keys():  # noqa: SIM118, this is no dictionary
+                self._files[piece] = content
+                kind, _, label = piece.partition("/")
+                name, _, start = label.rpartition("@")
+                self._pieces[kind, name].append((int(start), piece))
+        for pieces in self._pieces.values():
+            pieces.sort()
+
+    def _read_index(self) -> dict[str, Any]:
+        file = self.path / INDEX
+        try:
+            index = json.loads(file.read_text())
+        except FileNotFoundError as error:
+            there = ", ".join(sorted(path.name for path in self.path.iterdir())[:5]) or "nothing"
+            raise CheckpointError(
+                f"{file} is missing: this is not a checkpoint of this package, or not a whole one. The directory holds {there}."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} is damaged ({error}): this is not a whole checkpoint") from error
+        if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") != VERSION:
+            raise CheckpointError(f"{file} is not the index of a {FORMAT} checkpoint of version {VERSION}")
+        return index
