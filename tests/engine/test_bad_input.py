@@ -340,4 +340,3 @@ def test_a_rank_that_raises_takes_its_peers_down_with_its_own_traceback_first(tm
     summary = [line for line in result.stderr.splitlines() if line.startswith("deepspeed: ")]
     assert summary[0].startswith("deepspeed: rank 1 failed on")
     assert summary[0].endswith(f"ValueError: a bad sample in {place}")
-    assert summary[-1] == "deepspeed: stopped rank 0"
