@@ -54,3 +54,19 @@ def test_a_wrong_command_line_is_refused(tmp_path, options, message):
     result = launch(tmp_path, "", *options)
     assert result.returncode == 2
     assert message in result.stderr
+
+
+def test_a_module_or_program_runs_on_pinned_cores_with_its_own_log(tmp_path):
+    (tmp_path / "job.py").write_text("import os, sys\nprint(sorted(os.sched_getaffinity(0)), sys.argv[1:])\n")
+    core = min(os.sched_getaffinity(0))
+    environment = {**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{tmp_path}", "DS_ACCELERATOR": "cpu"}
+    bind = ["--bind_core_list", str(core), "--enable_each_rank_log", "logs"]
+    for what, arguments in (
+        (["--module", "job"], ["--local_rank=0"]),
+        (["--module", "--no_local_rank", "job"], []),
+        (["--no_python", sys.executable, "job.py"], []),
+    ):
+        command = [sys.executable, "-m", "deepspeed", *bind, *what]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / "logs/rank_0.log").read_text().strip() == f"[{core}] {arguments}"
