@@ -12,6 +12,7 @@ Each operation returns at once with a handle; the buffer belongs to the operatio
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -63,16 +64,24 @@ class Communicator:
         self._point_to_point = dist.get_backend(group) == "gloo"
         self._ranks: list[int] = dist.get_process_group_ranks(group)
 
-    def reduce_scatter(self, buffer: Tensor, *, scale: float = 1.0) -> Pending:
+    def reduce_scatter(
+        self, buffer: Tensor, *, out: Tensor | None = None, scale: float = 1.0, accumulate: bool = False
+    ) -> Pending:
         """Sum ``buffer`` (1-D, contiguous, a multiple of ``size`` elements) over the ranks, in rank order and with
-        fp32 accumulation, times ``scale``. Only this rank's slice of ``buffer`` holds the result; the rest is
-        undefined afterwards."""
-        if self.size == 1 or not buffer.numel():
-            return _Operation(finish=lambda: _scale(buffer, scale))
-        own = buffer.chunk(self.size)[self.rank]
-        if not self._point_to_point:
+        fp32 accumulation, times ``scale``.
+
+        This rank's slice of the result goes into ``out``, or with ``accumulate`` is added to it (fp32 then, or fp64
+        as the buffer); where ``out`` is None it goes into its place in ``buffer``. The rest of ``buffer`` is undefined
+        afterwards.
+        """
+        own = buffer.chunk(self.size)[self.rank] if buffer.numel() else buffer
+        target = own if out is None else out
+        if not buffer.numel():
+            return DONE
+        if not self._point_to_point and self.size > 1:
             work = _reduce_scatter_single(own, buffer, self.group)
-            return self._logged("reduce_scatter", buffer, 1, _Operation([work], lambda: _scale(own, scale)))
+            finish = functools.partial(_put, own, target, scale, accumulate)
+            return self._logged("reduce_scatter", buffer, 1, _Operation([work], finish))
         slices = list(buffer.chunk(self.size))
         arriving = [own if peer == self.rank else torch.empty_like(own) for peer in range(self.size)]
         works = []
@@ -81,7 +90,7 @@ class Communicator:
             works.append(dist.isend(slices[peer], dst=global_rank, group=self.group))
 
         def add_up() -> None:
-            native.scaled_sum(arriving, out=own, scale=scale)
+            native.scaled_sum(arriving, out=target, scale=scale, accumulate=accumulate)
             arriving.clear()
 
         return self._logged("reduce_scatter", buffer, 1, _Operation(works, add_up))
@@ -163,6 +172,14 @@ class _Logged:
             seconds = time.perf_counter() - self._started
             self._log.add(self._name, message_nbytes=message, wire_nbytes=wire, seconds=seconds)
             self._log = None
+
+
+def _put(own: Tensor, target: Tensor, scale: float, accumulate: bool) -> None:
+    _scale(own, scale)
+    if accumulate:
+        target.add_(own)
+    elif target is not own:
+        target.copy_(own)
 
 
 def _scale(tensor: Tensor, scale: float) -> None:

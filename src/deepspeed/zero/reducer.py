@@ -92,6 +92,16 @@ def is_reduced(parameter: Tensor) -> bool:
     return any(isinstance(hook, _Arrival) for hook in hooks.values())
 
 
+@dataclass(frozen=True)
+class _Reduction:
+    """A reduction under way of ``buffer``, whose own part holds the result unless that is written to ``result``."""
+
+    state: _BucketGradient
+    buffer: Tensor
+    operation: Pending
+    result: Tensor | None = None
+
+
 class GradientReducer:
     """Collects and reduces the gradients of ``parameters``, laid out by ``layout``."""
 
@@ -111,7 +121,7 @@ class GradientReducer:
         self._parameters = parameters
         self._buckets = [_BucketGradient(bucket) for bucket in layout.buckets]
         self._pools: dict[tuple[torch.dtype, torch.device], BufferPool] = {}
-        self._in_flight: deque[tuple[_BucketGradient, Tensor, Pending]] = deque()
+        self._in_flight: deque[_Reduction] = deque()
         self._next = 0
         self._reducing = False
         self._reduced = False
@@ -279,34 +289,52 @@ class GradientReducer:
         state.written = set()
         state.launched = True
         self._complete_in_flight(MAXIMUM_IN_FLIGHT - 1 if self.settings.overlap else 0)
-        scale = 1.0 / self.settings.divide_after
-        if self.policy.shard_optimizer and self.settings.reduce_scatter:
-            operation = self.communicator.reduce_scatter(sent, scale=scale)
-        else:
-            operation = self.communicator.all_reduce(sent, scale=scale)
-        self._in_flight.append((state, landing, _Converted(operation, sent, landing)))
+        self._in_flight.append(self._reduction(state, landing, sent))
         if not self.settings.overlap:
             self._complete_in_flight(0)
 
+    def _reduction(self, state: _BucketGradient, landing: Tensor, sent: Tensor) -> _Reduction:
+        scale = 1.0 / self.settings.divide_after
+        if not (self.policy.shard_optimizer and self.settings.reduce_scatter):
+            operation = self.communicator.all_reduce(sent, scale=scale)
+            return _Reduction(state, landing, _Converted(operation, sent, landing))
+        if sent is not landing or not self._sums_in_place_of_kept(state, sent.dtype):
+            operation = self.communicator.reduce_scatter(sent, scale=scale)
+            return _Reduction(state, landing, _Converted(operation, sent, landing))
+        kept, adds = self._kept_slice(state), state.gradient is not None
+        operation = self.communicator.reduce_scatter(sent, out=kept, scale=scale, accumulate=adds)
+        return _Reduction(state, landing, operation, result=kept)
+
+    def _sums_in_place_of_kept(self, state: _BucketGradient, sent: torch.dtype) -> bool:
+        """Whether the sum over ranks can go straight into the slice that is kept, in one pass over memory."""
+        wide, kept = torch.promote_types(sent, torch.float32), self._kept_dtype(state)
+        return self.policy.shard_gradients and (kept == wide or (kept == sent and state.gradient is None))
+
     def _complete_in_flight(self, remaining: int) -> None:
         while len(self._in_flight) > remaining:
-            state, buffer, operation = self._in_flight.popleft()
-            operation.wait()
-            self._keep(state, buffer)
+            reduction = self._in_flight.popleft()
+            reduction.operation.wait()
+            self._keep(reduction)
 
-    def _keep(self, state: _BucketGradient, buffer: Tensor) -> None:
+    def _keep(self, reduction: _Reduction) -> None:
         """Put a reduced buffer's own part where the optimizer reads it."""
+        state, buffer = reduction.state, reduction.buffer
         own = buffer[state.bucket.slice_range(self._shard)]
-        if state.gradient is not None:
+        if reduction.result is not None:
+            state.gradient = reduction.result
+        elif state.gradient is not None:
             state.gradient.add_(own)
         elif self.policy.shard_gradients:
-            if state.kept is None:
-                state.kept = self._allocate(state, state.bucket.slice_numel)
-            state.gradient = state.kept.copy_(own)
+            state.gradient = self._kept_slice(state).copy_(own)
         else:
             state.gradient = own
         if buffer is not state.kept:
             self._pool(state, buffer.dtype).give_back(buffer)
+
+    def _kept_slice(self, state: _BucketGradient) -> Tensor:
+        if state.kept is None:
+            state.kept = self._allocate(state, state.bucket.slice_numel)
+        return state.kept
 
     @property
     def _shard(self) -> int:
