@@ -39,7 +39,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--heads", type=_count, default=6, metavar="N", help="default: %(default)s")
     parser.add_argument("--context", type=_count, default=128, metavar="N", help="tokens in a window (%(default)s)")
     parser.add_argument("--vocabulary", type=_count, default=4096, metavar="N", help="of the tokenizer (%(default)s)")
-    parser.add_argument("--evaluate_every", type=_count, default=20, metavar="N", help="steps (default: %(default)s)")
+    parser.add_argument("--evaluate_every", type=_count, default=25, metavar="N", help="steps (default: %(default)s)")
     parser.add_argument("--prompt", metavar="TEXT", help="what the sample of generated text begins with")
     deepspeed.add_config_arguments(parser)
     parser.set_defaults(deepspeed_config=str(Path(__file__).with_name("ds_config.json")))

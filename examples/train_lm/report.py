@@ -49,7 +49,8 @@ def measure_stages(
         kept["fp16"] = {"enabled": True, "loss_scale": 1}  # a dynamic scale would skip the first steps
     measured = []
     for stage in STAGES:
-        settings = {**kept, "train_micro_batch_size_per_gpu": len(batch[0]), "zero_optimization": {"stage": stage}}
+        settings = {"train_micro_batch_size_per_gpu": len(batch[0]), "zero_optimization": {"stage": stage}, **kept}
+        settings["log_level"] = "warning"
         engine, *_ = deepspeed.initialize(model=make_model(), config=settings)
         engine.backward(engine(*(tensor.to(engine.device) for tensor in batch)))
         engine.step()

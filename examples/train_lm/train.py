@@ -47,7 +47,7 @@ def main() -> None:
     finished = train(engine, corpus, history, goal, options.evaluate_every, console)
     checkpoints = Path(options.output, "checkpoints")
     engine.save_checkpoint(checkpoints, client_state={"text": corpus.key, "history": asdict(history)})
-    console.print(f"saved step {engine.global_steps} in {checkpoints}; the same command goes on from there")
+    console.print(f"saved step {engine.global_steps} in {checkpoints}; the same command goes on")
     if not finished:
         raise SystemExit(130)
     show_results(engine, corpus, history, options, console)
@@ -125,12 +125,13 @@ def make_model(corpus: Corpus, options: argparse.Namespace) -> GPT:
 def resume(engine: deepspeed.DeepSpeedEngine, corpus: Corpus, output: str) -> History:
     """Load the last checkpoint, if there is one; returns the losses so far."""
     advice = "start anew with --fresh, or keep this run apart with --output"
+    checkpoints = Path(output, "checkpoints")
+    if not (checkpoints / "latest").exists():
+        return History()
     try:
-        path, state = engine.load_checkpoint(Path(output, "checkpoints"))
+        path, state = engine.load_checkpoint(checkpoints)
     except CheckpointError as error:
         fail(f"cannot go on from the last checkpoint: {error}\n{advice}")
-    if path is None or state is None:
-        return History()
     if state["text"] != corpus.key:
         fail(f"{path} was trained on another text or vocabulary: {advice}")
     return History(**state["history"])

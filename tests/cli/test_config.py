@@ -35,7 +35,7 @@ def test_a_file_is_explained_with_every_value_and_its_origin(capsys):
     assert found["train_batch_size"] == "16 samples 8 x 1 x 2 data-parallel ranks"
     assert found["train_micro_batch_size_per_gpu"] == "8 samples ds_config.json"
     assert found["zero_optimization.stage"] == "2 ds_config.json"
-    assert found["zero_optimization.reduce_bucket_size"] == "8388608 elements default"
+    assert found["zero_optimization.reduce_bucket_size"] == "4194304 elements default"
 
 
 def test_arguments_of_the_optimizer_and_the_schedule_are_explained_with_their_defaults(capsys):

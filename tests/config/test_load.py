@@ -150,7 +150,7 @@ def test_sizes_of_one_and_zero_occur():
 
 @pytest.mark.parametrize(
     ("sizes", "expected"),
-    [({}, 2**23), ({"reduce_bucket_size": 2e8}, 200_000_000), ({"reduce_bucket_size": 9, "allgather_bucket_size": 5}, 5)],
+    [({}, 2**22), ({"reduce_bucket_size": 2e8}, 200_000_000), ({"reduce_bucket_size": 9, "allgather_bucket_size": 5}, 5)],
 )
 def test_the_smaller_bucket_size_holds(sizes, expected):
     assert load_config({"zero_optimization": sizes}).zero_optimization.bucket_numel == expected

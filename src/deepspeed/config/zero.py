@@ -40,7 +40,7 @@ class ZeroConfig(Section):
     contiguous_gradients: bool = key(True, "Copy gradients into a contiguous bucket as they are produced.")
     reduce_scatter: bool = key(True, "Reduce-scatter gradients; false all-reduces them.")
     reduce_bucket_size: Int = key(
-        2**23, "Most parameters reduced at once; small, reduction overlaps backward better.", unit="elements", ge=0
+        2**22, "Most parameters reduced at once; small, reduction overlaps backward better.", unit="elements", ge=0
     )
     allgather_partitions: bool = key(True, "Gather updated parameters by all-gather.")
     allgather_bucket_size: Int | None = key(
