@@ -32,8 +32,8 @@ def explained(capsys: pytest.CaptureFixture[str], config: object, *more: str) ->
 def test_a_file_is_explained_with_every_value_and_its_origin(capsys):
     found = explained(capsys, str(EXAMPLE), "--world_size", "2")
     assert found["ds_config.json,"] == "2 data-parallel ranks"
-    assert found["train_batch_size"] == "16 samples 8 x 1 x 2 data-parallel ranks"
-    assert found["train_micro_batch_size_per_gpu"] == "8 samples ds_config.json"
+    assert found["train_batch_size"] == "8 samples 4 x 1 x 2 data-parallel ranks"
+    assert found["train_micro_batch_size_per_gpu"] == "4 samples ds_config.json"
     assert found["zero_optimization.stage"] == "2 ds_config.json"
     assert found["zero_optimization.reduce_bucket_size"] == "4194304 elements default"
 
