@@ -127,3 +127,22 @@ def empty_buffers() -> None:
 
 def test_empty_buffers_need_no_communication(ranks):
     ranks(2, empty_buffers)
+
+
+def reduce_twice_into_another_tensor(dtype: torch.dtype) -> tuple[list[float], list[float]]:
+    communicator = Communicator()
+    out, found = torch.full((4,), 5.0), []
+    for accumulate in (False, True):
+        buffer = torch.full((4 * communicator.size,), communicator.rank + 1.0, dtype=dtype)
+        communicator.reduce_scatter(buffer, out=out, scale=0.5, accumulate=accumulate).wait()
+        found.append(out.tolist())
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reduce_scatter_writes_its_slice_into_another_tensor_or_adds_it(ranks, count, dtype):
+    total = sum(range(1, count + 1))
+    for written, added in ranks(count, reduce_twice_into_another_tensor, dtype):
+        assert written == [0.5 * total] * 4
+        assert added == [total] * 4

@@ -78,9 +78,11 @@ class Communicator:
         target = own if out is None else out
         if not buffer.numel():
             return DONE
-        if not self._point_to_point and self.size > 1:
+        finish = functools.partial(_put, own, target, scale, accumulate)
+        if self.size == 1:
+            return _Operation(finish=finish)
+        if not self._point_to_point:
             work = _reduce_scatter_single(own, buffer, self.group)
-            finish = functools.partial(_put, own, target, scale, accumulate)
             return self._logged("reduce_scatter", buffer, 1, _Operation([work], finish))
         slices = list(buffer.chunk(self.size))
         arriving = [own if peer == self.rank else torch.empty_like(own) for peer in range(self.size)]
