@@ -74,17 +74,17 @@ class Communicator:
         as the buffer); where ``out`` is None it goes into its place in ``buffer``. The rest of ``buffer`` is undefined
         afterwards.
         """
-        own = buffer.chunk(self.size)[self.rank] if buffer.numel() else buffer
-        target = own if out is None else out
         if not buffer.numel():
             return DONE
+        slices = buffer.chunk(self.size)
+        own = slices[self.rank]
+        target = own if out is None else out
         finish = functools.partial(_put, own, target, scale, accumulate)
         if self.size == 1:
             return _Operation(finish=finish)
         if not self._point_to_point:
             work = _reduce_scatter_single(own, buffer, self.group)
             return self._logged("reduce_scatter", buffer, 1, _Operation([work], finish))
-        slices = list(buffer.chunk(self.size))
         arriving = [own if peer == self.rank else torch.empty_like(own) for peer in range(self.size)]
         works = []
         for peer, global_rank in self._peers():
