@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import native
+from ..memory.pool import BufferPool
 from .log import CommunicationLog, remember
 
 
@@ -61,6 +62,7 @@ class Communicator:
         self.size: int = dist.get_world_size(group)
         self.log = log if log is not None else CommunicationLog()
         remember(self.log)
+        self._scratch = BufferPool()
         self._point_to_point = dist.get_backend(group) == "gloo"
         self._ranks: list[int] = dist.get_process_group_ranks(group)
 
@@ -85,7 +87,7 @@ class Communicator:
         if not self._point_to_point:
             work = _reduce_scatter_single(own, buffer, self.group)
             return self._logged("reduce_scatter", buffer, 1, _Operation([work], finish))
-        arriving = [own if peer == self.rank else torch.empty_like(own) for peer in range(self.size)]
+        arriving = [own if peer == self.rank else self._scratch_like(own) for peer in range(self.size)]
         works = []
         for peer, global_rank in self._peers():
             works.append(dist.irecv(arriving[peer], src=global_rank, group=self.group))
@@ -93,6 +95,8 @@ class Communicator:
 
         def add_up() -> None:
             native.scaled_sum(arriving, out=target, scale=scale, accumulate=accumulate)
+            for tensor in (tensor for tensor in arriving if tensor is not own):
+                self._scratch.give_back(tensor)
             arriving.clear()
 
         return self._logged("reduce_scatter", buffer, 1, _Operation(works, add_up))
@@ -147,6 +151,13 @@ class Communicator:
         """Return when all ranks have come here."""
         if self.size > 1:
             dist.barrier(group=self.group)
+
+    def release_scratch(self) -> None:
+        """Free the buffers in which reductions received; the next one allocates them anew."""
+        self._scratch.release()
+
+    def _scratch_like(self, tensor: Tensor) -> Tensor:
+        return self._scratch.take(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
 
     def _peers(self) -> list[tuple[int, int]]:
         """Group and global ranks of the others, nearest following rank first, so that no rank is everyone's first."""

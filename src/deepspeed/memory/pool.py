@@ -1,4 +1,4 @@
-"""A pool of equal buffers that are lent for a short while."""
+"""A pool of buffers that are lent for a short while: memory that was touched once is not faulted in again."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from torch import Tensor
 
 
 class BufferPool:
-    """Lends 1-D tensors. Those of up to ``numel`` elements come back to be lent again before more is allocated; a
-    larger one, which is rare, is freed when it comes back."""
+    """Lends 1-D tensors. What comes back is lent again, to whoever asks for no more than its size; where nothing that
+    is free is large enough, a smaller one makes way, so that no more buffers stay than were lent at once."""
 
-    def __init__(self, numel: int, *, dtype: torch.dtype, device: torch.device):
-        self._numel = numel
-        self._dtype = dtype
-        self._device = device
-        self._free: list[Tensor] = []
+    def __init__(self) -> None:
+        self._free: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
 
-    def take(self, numel: int) -> Tensor:
+    def take(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor of ``numel`` elements with undefined content."""
-        if self._free and numel <= self._numel:
-            return self._free.pop()[:numel]
-        return torch.empty(max(numel, self._numel), dtype=self._dtype, device=self._device)[:numel]
+        free = self._free.setdefault((dtype, device), [])
+        fitting = [index for index, buffer in enumerate(free) if buffer.numel() >= numel]
+        if fitting:
+            return free.pop(min(fitting, key=lambda index: free[index].numel()))[:numel]
+        if free:
+            free.pop(min(range(len(free)), key=lambda index: free[index].numel()))
+        return torch.empty(numel, dtype=dtype, device=device)
 
     def give_back(self, tensor: Tensor) -> None:
         """Return a tensor that ``take`` lent; it must not be used any more."""
-        if tensor.numel() <= self._numel:
-            self._free.append(tensor.as_strided((self._numel,), (1,), 0))
+        numel = tensor.untyped_storage().nbytes() // tensor.element_size()
+        self._free.setdefault((tensor.dtype, tensor.device), []).append(tensor.as_strided((numel,), (1,), 0))
 
     def release(self) -> None:
         """Free the buffers that are not lent."""

@@ -120,7 +120,7 @@ class GradientReducer:
         self.used: set[str] = set()
         self._parameters = parameters
         self._buckets = [_BucketGradient(bucket) for bucket in layout.buckets]
-        self._pools: dict[tuple[torch.dtype, torch.device], BufferPool] = {}
+        self._pool = BufferPool()
         self._in_flight: deque[_Reduction] = deque()
         self._next = 0
         self._reducing = False
@@ -147,8 +147,8 @@ class GradientReducer:
         self._complete_in_flight(0)
         self._reducing = False
         self._reduced = True
-        for pool in self._pools.values():
-            pool.release()
+        self._pool.release()
+        self.communicator.release_scratch()
 
     def ensure_reduced(self) -> None:
         """Reduce what backwards outside ``begin`` and ``finish`` left, if no reduction has happened since ``clear``."""
@@ -214,7 +214,7 @@ class GradientReducer:
             hook.remove()
         self.clear()
         self._hooks.clear()
-        self._pools.clear()
+        self._pool.release()
         self._buckets.clear()
 
     # -- arrival -------------------------------------------------------------------------------------------------
@@ -249,18 +249,10 @@ class GradientReducer:
         if self.policy.shard_gradients or state.launched:
             # What is reduced at once is not added to; what waits for later backwards is.
             dtype = self._model_dtype(state) if self._reducing else self._kept_dtype(state)
-            return self._pool(state, dtype).take(state.bucket.numel)
+            return self._pool.take(state.bucket.numel, dtype=dtype, device=self._device(state))
         if state.kept is None:
             state.kept = self._allocate(state, state.bucket.numel)
         return state.kept
-
-    def _pool(self, state: _BucketGradient, dtype: torch.dtype) -> BufferPool:
-        device = self._device(state)
-        if (dtype, device) not in self._pools:
-            # Not the largest bucket: that may be a single embedding, many times the others.
-            shared = [other.bucket.numel for other in self._buckets if len(other.bucket.placements) > 1]
-            self._pools[dtype, device] = BufferPool(max(shared, default=0), dtype=dtype, device=device)
-        return self._pools[dtype, device]
 
     # -- reduction -----------------------------------------------------------------------------------------------
 
@@ -329,7 +321,7 @@ class GradientReducer:
         else:
             state.gradient = own
         if buffer is not state.kept:
-            self._pool(state, buffer.dtype).give_back(buffer)
+            self._pool.give_back(buffer)
 
     def _kept_slice(self, state: _BucketGradient) -> Tensor:
         if state.kept is None:
