@@ -69,7 +69,8 @@ def generator(seed: int) -> torch.Generator:
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    with deepspeed.zero.GatheredParameters(model):
+        return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def seeded_model(training: Training) -> nn.Module:
@@ -110,7 +111,12 @@ def make_engine(training: Training, stage: int) -> deepspeed.DeepSpeedEngine:
         "optimizer": {"type": "SGD", "params": {"lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY}},
         **training.config,
     }
-    zero = {"stage": stage, "reduce_bucket_size": 200, **config.get("zero_optimization", {})}  # type: ignore[dict-item]
+    zero = {
+        "stage": stage,
+        "reduce_bucket_size": 200,
+        **({"stage3_param_persistence_threshold": 10} if stage == 3 else {}),
+        **config.get("zero_optimization", {}),  # type: ignore[dict-item]
+    }
     model = seeded_model(training)
     arguments = training.arguments(model)
     return deepspeed.initialize(model=model, config={**config, "zero_optimization": zero}, **arguments)[0]
@@ -131,7 +137,7 @@ def train_engine(training: Training, stage: int) -> Result:
 
 
 def train_engine_at_each_stage(training: Training) -> list[Result]:
-    return [train_engine(training, stage) for stage in (0, 1, 2)]
+    return [train_engine(training, stage) for stage in (0, 1, 2, 3)]
 
 
 def assert_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = TOLERANCE) -> None:
@@ -149,10 +155,16 @@ def assert_equal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
 
 
 def assert_parity(
-    ranks: Run, training: Training, size: int = 2, *, plain: Training | None = None, tolerance: float = TOLERANCE
+    ranks: Run,
+    training: Training,
+    size: int = 2,
+    *,
+    plain: Training | None = None,
+    tolerance: float = TOLERANCE,
+    same_bits: tuple[int, ...] = (1, 2, 3),
 ) -> None:
     """Every stage on ``size`` ranks trains to the numbers of plain PyTorch (of the training ``plain``, where another
-    says the same); without accumulation, stages 1 and 2 to the same bits. With it they add up in another order: over
+    says the same); without accumulation, the stages ``same_bits`` to the same bits. With it they add up in another order: over
     micro-batches first, or over ranks first."""
     expected = train_plain(plain or training, size)
     for results in ranks(size, train_engine_at_each_stage, training):
@@ -160,5 +172,6 @@ def assert_parity(
             assert_close(result.weights, expected.weights, tolerance)
             assert result.norms == pytest.approx(expected.norms, rel=10 * tolerance)
         if training.accumulation == 1:
-            assert_equal(results[1].weights, results[2].weights)
-            assert results[1].norms == results[2].norms
+            for stage in same_bits[1:]:
+                assert_equal(results[same_bits[0]].weights, results[stage].weights)
+                assert results[same_bits[0]].norms == results[stage].norms

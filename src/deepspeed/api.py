@@ -17,7 +17,7 @@ from .comm import init_distributed
 from .comm.agreement import on_all_ranks
 from .comm.communicator import Communicator
 from .config import ConfigError, DeepSpeedConfig, load_config
-from .engine.build import OptimizerArgument, OptimizerRequest, build_lr_scheduler, build_sharded_optimizer
+from .engine.build import OptimizerArgument, OptimizerRequest, build_lr_scheduler, shard_model
 from .engine.engine import DeepSpeedEngine
 from .engine.parts import EngineParts
 from .engine.precision import PrecisionPolicy
@@ -67,7 +67,7 @@ def initialize(
     precision = PrecisionPolicy.from_config(settings)
     device = _device(args)
     model.to(device)
-    sharded = build_sharded_optimizer(
+    sharded_model, sharded = shard_model(
         model,
         OptimizerRequest(optimizer, model_parameters),
         config=settings,
@@ -77,7 +77,7 @@ def initialize(
     scheduler = build_lr_scheduler(lr_scheduler, sharded, settings)
     loader = _dataloader(training_data, settings, communicator, collate_fn) if training_data is not None else None
     monitor = MonitorMaster(settings, rank=communicator.rank)
-    parts = EngineParts(settings, communicator, precision, sharded, scheduler, loader, device, monitor)
+    parts = EngineParts(settings, communicator, precision, sharded_model, sharded, scheduler, loader, device, monitor)
     return DeepSpeedEngine(model, parts), sharded, loader, scheduler
 
 

@@ -65,7 +65,7 @@ def saved(directory: str, stage: int) -> dict[str, Tensor]:
 
 def resumed(directory: str) -> list[tuple[dict[str, Tensor], object, tuple[int, int]]]:
     results = []
-    for stage in (0, 1, 2):
+    for stage in (0, 1, 2, 3):
         engine = make_engine(TRAINING, stage)
         train(engine, 10, 11)
         path, client_state = engine.load_checkpoint(directory)
@@ -76,7 +76,7 @@ def resumed(directory: str) -> list[tuple[dict[str, Tensor], object, tuple[int, 
     return results
 
 
-@pytest.mark.parametrize(("size", "stage"), [(2, 2), (2, 0), (4, 1)])
+@pytest.mark.parametrize(("size", "stage"), [(2, 2), (2, 0), (4, 1), (2, 3), (4, 3)])
 def test_training_goes_on_with_the_same_numbers_at_any_world_size_and_stage(ranks, tmp_path, size, stage):
     expected = ranks(size, saved, str(tmp_path), stage)[0]
     for other in (1, 2, 4):

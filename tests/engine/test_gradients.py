@@ -93,7 +93,9 @@ def test_activation_checkpointing(ranks, use_reentrant, accumulation, bucket):
     config = {"zero_optimization": {"reduce_bucket_size": bucket}}
     training = Training(partial(Checkpointed, use_reentrant), squared_output, accumulation=accumulation, config=config)
     plain = Training(partial(Checkpointed, None), squared_output, accumulation=accumulation)
-    assert_parity(ranks, training, plain=plain)
+    # Re-entrant, the shared block's gradients come twice; whether both come before its bucket is reduced depends on
+    # the bucket, and with it the order of the sums.
+    assert_parity(ranks, training, plain=plain, same_bits=(1, 2) if use_reentrant else (1, 2, 3))
 
 
 def without_synchronization(training: Training, stage: int) -> Result:
@@ -114,7 +116,7 @@ def without_synchronization(training: Training, stage: int) -> Result:
     return Result(state_of(engine.module), norms)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_no_sync_accumulates_on_each_rank_and_reduces_once(ranks, stage):
     expected = train_plain(Training(perceptron, squared_output, accumulation=3), 2)
     for result in ranks(2, without_synchronization, Training(perceptron, squared_output), stage):
@@ -137,7 +139,7 @@ def with_boundaries_by_hand(stage: int, accumulation: int) -> dict[str, Tensor]:
     return state_of(engine.module)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_boundaries_set_by_hand(ranks, stage, accumulation):
     model = seeded_model(Training(perceptron, squared_output))
@@ -161,7 +163,7 @@ def with_backward_of_the_loss_itself(training: Training, stage: int) -> dict[str
     return state_of(engine.module)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_backward_called_on_the_scaled_loss_in_place_of_the_engines(ranks, stage, accumulation):
     training = Training(perceptron, squared_output, accumulation=accumulation)
@@ -182,7 +184,7 @@ def forgetting_gradients(stage: int) -> dict[str, Tensor]:
 
 def test_zero_grad_forgets_what_backward_left(ranks):
     expected = train_plain(Training(perceptron, squared_output), 1)
-    for stage in (0, 1, 2):
+    for stage in (0, 1, 2, 3):
         assert_close(ranks(1, forgetting_gradients, stage)[0], expected.weights)
 
 
@@ -218,7 +220,7 @@ def two_engines(stages: tuple[int, int]) -> list[dict[str, Tensor]]:
     return [state_of(engine.module) for engine in engines]
 
 
-@pytest.mark.parametrize("stages", [(0, 0), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("stages", [(0, 0), (1, 2), (2, 1), (2, 2), (3, 3), (3, 0)])
 def test_two_engines_train_in_turn_on_each_others_outputs(ranks, stages):
     models = [seeded_model(network) for network in NETWORKS]
     optimizers = [sgd(model.parameters()) for model in models]

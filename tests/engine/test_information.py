@@ -74,7 +74,7 @@ def with_changed_batch(stage: int, sixteen_bit: bool) -> dict[str, torch.Tensor]
     return {name: value.detach().float() for name, value in engine.module.state_dict().items()}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("sixteen_bit", [False, True])
 def test_a_larger_batch_accumulates_over_more_micro_steps(ranks, stage, sixteen_bit):
     model = make_model()
@@ -126,7 +126,7 @@ def several_losses(stage: int) -> tuple[dict[str, torch.Tensor], int]:
     return {name: value.detach().clone() for name, value in engine.module.state_dict().items()}, reductions // buckets
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_coalesced_backwards_reduce_once_and_add_up(ranks, stage):
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

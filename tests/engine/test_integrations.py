@@ -52,7 +52,7 @@ def stepped_directly(stage: int) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in engine.module.state_dict().items()}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_optimizer_can_be_stepped_in_place_of_the_engine(ranks, stage):
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

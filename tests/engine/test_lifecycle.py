@@ -78,7 +78,7 @@ def cycles(stage: int, config: dict[str, object]) -> tuple[dict[str, int], dict[
     return first, resources(model)
 
 
-@pytest.mark.parametrize(("stage", "config"), [(0, {}), (1, {"bf16": {"enabled": True}}), (2, {})])
+@pytest.mark.parametrize(("stage", "config"), [(0, {}), (1, {"bf16": {"enabled": True}}), (2, {}), (3, {}), (3, {"bf16": {"enabled": True}})])
 def test_ten_engines_leave_nothing_behind(ranks, stage, config):
     for first, last in ranks(2, cycles, stage, config):
         for name in ("tensor bytes", "groups", "python threads"):
@@ -162,7 +162,7 @@ def batches(rank: int) -> list[list[int]]:
     return [[8 * (m // 2) % 10 + 4 * rank % 3 + m, (m + rank) % 10] for m in range(4)]
 
 
-@pytest.mark.parametrize(("stage", "form"), [(0, "tensor"), (1, "tuple"), (2, "dict")])
+@pytest.mark.parametrize(("stage", "form"), [(0, "tensor"), (1, "tuple"), (2, "dict"), (3, "dict")])
 def test_train_batch_and_eval_batch(ranks, stage, form):
     torch.manual_seed(3)
     model = Regression("tensor")

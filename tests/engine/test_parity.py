@@ -119,7 +119,7 @@ def states_of(stage: int) -> tuple[int, ModelStateBytes]:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize(("stage", "whole", "sharded"), [(0, 16, 0), (1, 4, 12), (2, 2, 14)])
+@pytest.mark.parametrize(("stage", "whole", "sharded"), [(0, 16, 0), (1, 4, 12), (2, 2, 14), (3, 0, 16)])
 def test_model_states_take_the_bytes_of_their_stage(ranks, size, stage, whole, sharded):
     """bf16 with Adam: 16 bytes per parameter, 4 + 12/N, 2 + 14/N."""
     for numel, states in ranks(size, states_of, stage):

@@ -79,7 +79,7 @@ def train(training: Training, stage: int) -> tuple[list[Tensor], dict[str, Tenso
     return masters_of(engine), state_of(engine.module)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("precision", [{"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "loss_scale": 128.0}}])
 def test_sixteen_bit_models_train_on_fp32_masters(ranks, stage, accumulation, precision):
@@ -112,7 +112,7 @@ def train_without_synchronization(stage: int, also_on_rank_one: bool) -> list[Te
     return masters_of(engine)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("also_on_rank_one", [True, False])
 def test_without_synchronization_gradients_accumulate_in_fp32_where_the_configuration_says_so(ranks, stage, also_on_rank_one):
     micros = range(32) if also_on_rank_one else [*range(0, 30, 2), 30, 31]
@@ -215,7 +215,7 @@ def with_an_overflow(stage: int) -> dict[str, object]:
     return {"seen": seen, "steps": engine.global_steps, "samples": engine.global_samples, "messages": messages}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_an_overflow_skips_step_and_schedule_and_halves_the_scale_on_every_rank(ranks, stage):
     results = ranks(2, with_an_overflow, stage)
     for result in results:
@@ -273,7 +273,7 @@ def bytes_with_frozen(stage: int) -> dict[str, float]:
     return {**states, "dtypes": dtypes}
 
 
-@pytest.mark.parametrize(("stage", "shards"), [(0, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("stage", "shards"), [(0, 1), (1, 2), (2, 2), (3, 2)])
 def test_only_trained_parameters_have_gradients_masters_and_states(ranks, stage, shards):
     trained = WIDTH * WIDTH + WIDTH
     padded = -(-WIDTH * WIDTH // 64) * 64 + -(-WIDTH // 64) * 64

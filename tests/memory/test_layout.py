@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from deepspeed.memory.layout import ALIGNMENT, FlatLayout, ParameterSpec
 
 shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
-models = st.lists(st.tuples(shapes, st.sampled_from(["float32", "bfloat16"]), st.integers(0, 2)), max_size=12).map(
-    lambda rows: [ParameterSpec(f"p{i}", shape, dtype, group) for i, (shape, dtype, group) in enumerate(rows)]
+units = st.one_of(st.none(), st.integers(0, 2))
+models = st.lists(st.tuples(shapes, st.sampled_from(["float32", "bfloat16"]), st.integers(0, 2), units), max_size=12).map(
+    lambda rows: [ParameterSpec(f"p{i}", *row) for i, row in enumerate(rows)]
 )
 
 
@@ -42,9 +43,10 @@ def test_buckets_are_uniform_aligned_bounded_and_gaps_are_the_rest(specs, shards
     assert sorted(layout.homes) == sorted(spec.name for spec in specs)
     for bucket in layout.buckets:
         assert bucket.numel % (shards * ALIGNMENT) == 0
-        assert {(p.spec.group, p.spec.dtype) for p in bucket.placements} == {(bucket.group, bucket.dtype)}
+        kinds = {(p.spec.group, p.spec.dtype, p.spec.unit) for p in bucket.placements}
+        assert kinds == {(bucket.group, bucket.dtype, bucket.unit)}
         assert all(p.start % ALIGNMENT == 0 for p in bucket.placements)
-        assert len(bucket.placements) == 1 or bucket.placements[-1].stop <= bucket_numel
+        assert bucket.unit is not None or len(bucket.placements) == 1 or bucket.placements[-1].stop <= bucket_numel
         inside = sum(p.spec.numel for p in bucket.placements)
         assert inside + sum(gap.stop - gap.start for gap in bucket.gaps) == bucket.numel
     assert layout.numel == shards * layout.slice_numel
@@ -55,6 +57,24 @@ def test_buckets_come_in_the_order_of_backward():
     specs = [ParameterSpec(name, (40,), "float32") for name in "abc"]
     layout = FlatLayout.build(specs, shards=2, bucket_numel=64)
     assert [[p.spec.name for p in bucket.placements] for bucket in layout.buckets] == [["c"], ["b"], ["a"]]
+
+
+def test_a_unit_is_one_bucket_for_each_group_and_dtype_whatever_its_size():
+    specs = [ParameterSpec(f"p{i}", (40,), "float32", group=i % 2, unit=i // 4) for i in range(8)]
+    layout = FlatLayout.build(specs, shards=2, bucket_numel=1)
+    assert [(bucket.unit, bucket.group, len(bucket.placements)) for bucket in layout.buckets] == [
+        (1, 1, 2),
+        (1, 0, 2),
+        (0, 1, 2),
+        (0, 0, 2),
+    ]
+
+
+def test_a_bucket_comes_when_its_last_parameter_does():
+    """Small parameters of all layers share a bucket that backward completes last: no unit waits for it."""
+    specs = [ParameterSpec(f"p{i}", (40,), "float32", unit=None if i % 2 else i) for i in range(5)]
+    layout = FlatLayout.build(specs, shards=2, bucket_numel=1000)
+    assert [bucket.unit for bucket in layout.buckets] == [4, 2, None, 0]
 
 
 def test_a_layout_for_no_shards_is_refused():

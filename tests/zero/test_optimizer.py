@@ -55,7 +55,8 @@ def shard(
     specs = [ParameterSpec(name, tuple(p.shape), "float32") for name, p in named.items()]
     layout = FlatLayout.build(specs, shards=communicator.size if stage else 1, bucket_numel=64)
     flat = FlatParameters(layout, named, shard=communicator.rank if stage else 0)
-    flat.move_in(communicator)
+    for _ in flat.move_in(communicator):
+        pass
     reduction = ReductionSettings(divide_before=communicator.size, **settings)
     reducer = GradientReducer(layout, named, policy=policy, communicator=communicator, settings=reduction)
     return ShardedOptimizer(optimizer, flat, reducer, scaler=scaler or NoLossScaler(), clip=clip, overlap=True)

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -101,9 +100,12 @@ class Communicator:
 
         return self._logged("reduce_scatter", buffer, 1, _Operation(works, add_up))
 
-    def all_gather(self, buffer: Tensor) -> Pending:
+    def all_gather(self, buffer: Tensor, *, tag: int = 0) -> Pending:
         """Fill ``buffer`` (1-D, contiguous, a multiple of ``size`` elements) with every rank's slice of its own; this
-        rank's slice is already in its place."""
+        rank's slice is already in its place.
+
+        Point-to-point, ranks whose ``tag`` differs wait for each other in vain, where else they would take one buffer
+        for another of the same size."""
         if self.size == 1 or not buffer.numel():
             return DONE
         slices = list(buffer.chunk(self.size))
@@ -113,8 +115,8 @@ class Communicator:
             return self._logged("all_gather", buffer, 1, _Operation([work]))
         works = []
         for peer, global_rank in self._peers():
-            works.append(dist.irecv(slices[peer], src=global_rank, group=self.group))
-            works.append(dist.isend(own, dst=global_rank, group=self.group))
+            works.append(dist.irecv(slices[peer], src=global_rank, group=self.group, tag=tag))
+            works.append(dist.isend(own, dst=global_rank, group=self.group, tag=tag))
         return self._logged("all_gather", buffer, 1, _Operation(works))
 
     def all_reduce(self, buffer: Tensor, *, scale: float = 1.0) -> Pending:
@@ -146,6 +148,16 @@ class Communicator:
         rows[self.rank] = values
         self.all_gather(rows.view(-1)).wait()
         return rows.sum(0) if self.size <= 2 else _sum_rows(rows)
+
+    def duplicate(self) -> Communicator:
+        """The same ranks in a group of their own: its operations need no common order with this one's. Close it when it
+        is done with. Called on all ranks."""
+        return Communicator(dist.new_group(self._ranks, backend=dist.get_backend(self.group)), log=self.log)
+
+    def close(self) -> None:
+        """Take a group that ``duplicate`` made apart; the default group stays."""
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
 
     def barrier(self) -> None:
         """Return when all ranks have come here."""

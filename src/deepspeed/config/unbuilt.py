@@ -18,7 +18,6 @@ OPTIMIZERS = ("onebitadam", "onebitlamb", "zerooneadam", "muadam", "muadamw", "m
 """Documented optimizers that are not built yet, in lower case. All others are known to the room that builds them."""
 
 UNBUILT: tuple[tuple[str, Predicate, str], ...] = (
-    ("zero_optimization.stage", lambda c: c.zero_optimization.stage == 3, "stage 3 is not built yet; use stage 2."),
     (
         "zero_optimization.offload_optimizer.device",
         lambda c: c.zero_optimization.offloads_optimizer,

@@ -69,7 +69,11 @@ class ZeroConfig(Section):
     sub_group_size: Int = key(1_000_000_000, "Parameters of one chunk of the step.", unit="elements", ge=0, stage=3)
     stage3_max_live_parameters: Int = key(1_000_000_000, "Most parameters gathered at once.", unit="elements", ge=0, stage=3)
     stage3_max_reuse_distance: Int = key(
-        1_000_000_000, "Keep a parameter that is used again within this many.", unit="elements", ge=0, stage=3
+        0,
+        "Keep parameters that are used again before this many others are; 0 keeps only what is used again at once.",
+        unit="elements",
+        ge=0,
+        stage=3,
     )
     stage3_prefetch_bucket_size: Int = key(50_000_000, "Parameters fetched ahead.", unit="elements", ge=0, stage=3)
     stage3_param_persistence_threshold: Int = key(

@@ -8,12 +8,15 @@ from torch import Tensor, nn
 
 from ..memory.estimate import ModelStateBytes
 from ..zero.optimizer import ShardedOptimizer
+from ..zero.sharding import ShardedModel
 
 
-def measure_model_states(module: nn.Module, optimizer: ShardedOptimizer | None) -> ModelStateBytes:
+def measure_model_states(
+    module: nn.Module, model: ShardedModel, optimizer: ShardedOptimizer | None
+) -> ModelStateBytes:
     """Bytes of parameters, gradients, fp32 masters and optimizer states on this rank; each storage counts once."""
     seen: set[int] = set()
-    parameters = _bytes(module.parameters(), seen)
+    parameters = _bytes([*module.parameters(), *model.trained.slices, *model.frozen.slices], seen)
     if optimizer is None:
         return ModelStateBytes(parameters=parameters, gradients=0, master=0, optimizer=0)
     gradients = _bytes(optimizer.reducer.buffers(), seen)

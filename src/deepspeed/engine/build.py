@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from ..comm.agreement import on_all_ranks
 from ..comm.communicator import Communicator
 from ..config import DeepSpeedConfig
-from ..memory.layout import FlatLayout, ParameterSpec
 from ..optim import build_optimizer, build_scheduler, has_stepped, refuse_unsuited, split_parameter_groups
+from ..zero.fetching import FetchLimits
 from ..zero.inspection import make_inspectable
+from ..zero.leaves import leaf_predicate
 from ..zero.optimizer import ShardedOptimizer
-from ..zero.parameters import FlatParameters
+from ..zero.plan import WHOLE, UnitLimits, plan_units
 from ..zero.policy import ZeroPolicy
 from ..zero.reducer import GradientReducer, ReductionSettings, is_reduced
+from ..zero.sharding import ModelLayout, ShardedModel, move_in
 from .agreement import check_ranks_agree, describe
 from .precision import PrecisionPolicy, build_loss_scaler
 
@@ -71,20 +73,47 @@ def parameter_groups(module: nn.Module, parameters: Iterable[Any] | None) -> lis
 
 
 def build_layout(
+    module: nn.Module,
     named: Mapping[str, nn.Parameter],
     groups: Sequence[Mapping[str, Any]],
     *,
+    config: DeepSpeedConfig,
     precision: PrecisionPolicy,
-    shards: int,
-    bucket_numel: int,
-) -> FlatLayout:
-    """The flat layout of the trainable parameters, with the dtypes that they have under ``precision``."""
+    ranks: int,
+) -> ModelLayout:
+    """The flat layout of the module's parameters, of which ``named`` are trained in ``groups``."""
+    policy = ZeroPolicy.for_stage(config.zero_optimization.stage)
     group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
-    specs = [
-        ParameterSpec(name, tuple(p.shape), str(precision.dtype_of(p)).removeprefix("torch."), group=group_of[id(p)])
-        for name, p in named.items()
-    ]
-    return FlatLayout.build(specs, shards=shards, bucket_numel=bucket_numel)
+    plan = plan_units(module, nn.Parameter.numel, unit_limits(config)) if policy.shard_parameters else WHOLE
+    return ModelLayout.build(
+        module,
+        {name: group_of[id(p)] for name, p in named.items()},
+        plan,
+        dtype_of=precision.dtype_of,
+        shards=ranks if policy.shard_optimizer else 1,
+        bucket_numel=config.zero_optimization.bucket_numel,
+    )
+
+
+def unit_limits(config: DeepSpeedConfig) -> UnitLimits:
+    """What decides which parameters are gathered together."""
+    zero = config.zero_optimization
+    return UnitLimits(
+        resident_numel=zero.stage3_param_persistence_threshold,
+        resident_total=zero.stage3_model_persistence_threshold,
+        largest=zero.stage3_max_live_parameters,
+        is_leaf=leaf_predicate(zero.leaf_module.classes, zero.leaf_module.names, zero.leaf_module.name_suffixes),
+    )
+
+
+def fetch_limits(config: DeepSpeedConfig) -> FetchLimits:
+    """What bounds the parameters that are whole at once."""
+    zero = config.zero_optimization
+    return FetchLimits(
+        ahead=zero.stage3_prefetch_bucket_size,
+        reuse=zero.stage3_max_reuse_distance,
+        live=zero.stage3_max_live_parameters,
+    )
 
 
 def reduction_settings(config: DeepSpeedConfig, precision: PrecisionPolicy, *, ranks: int) -> ReductionSettings:
@@ -117,49 +146,47 @@ class OptimizerRequest:
     parameters: Iterable[Any] | None = None
 
 
-def build_sharded_optimizer(
+def shard_model(
     module: nn.Module,
     request: OptimizerRequest,
     *,
     config: DeepSpeedConfig,
     precision: PrecisionPolicy,
     communicator: Communicator,
-) -> ShardedOptimizer | None:
+) -> tuple[ShardedModel, ShardedOptimizer | None]:
     """Shard the model's states over ``communicator`` as the configuration says, and convert the model to its dtype.
 
-    None where neither a client optimizer nor a configured one is there: an engine for inference.
+    The optimizer is None where neither a client optimizer nor a configured one is there: an engine for inference.
     """
+
     def prepare() -> tuple[torch.optim.Optimizer | None, dict[str, nn.Parameter]]:
         optimizer = _inner_optimizer(module, request, config)
         return optimizer, name_parameters(module, optimizer.param_groups) if optimizer is not None else {}
 
     optimizer, named = on_all_ranks(prepare, communicator, what="deepspeed.initialize")
     check_ranks_agree(describe(module, optimizer, config), communicator)
-    if optimizer is None:
-        precision.cast_module(module, keep=lambda tensor: False)
-        _broadcast_rest(module, set(), communicator)
-        return None
-    policy = ZeroPolicy.for_stage(config.zero_optimization.stage)
-    shards = communicator.size if policy.shard_optimizer else 1
-    size = config.zero_optimization.bucket_numel
-    layout = build_layout(named, optimizer.param_groups, precision=precision, shards=shards, bucket_numel=size)
-    flat = FlatParameters(layout, named, shard=communicator.rank if policy.shard_optimizer else 0)
-    flat.move_in(communicator)
-    moved = {id(p) for p in named.values()}
+    groups = optimizer.param_groups if optimizer is not None else []
+    layout = build_layout(module, named, groups, config=config, precision=precision, ranks=communicator.size)
+    fetching = communicator.duplicate() if layout.plan.names else communicator
+    model = move_in(module, layout, communicator, fetching, fetch_limits(config))
+    moved = {id(p) for flat in (model.trained, model.frozen) for p in flat.parameters.values()}
     precision.cast_module(module, keep=lambda tensor: id(tensor) in moved)
     _broadcast_rest(module, moved, communicator)
+    if optimizer is None:
+        return model, None
     settings = reduction_settings(config, precision, ranks=communicator.size)
-    reducer = GradientReducer(layout, named, policy=policy, communicator=communicator, settings=settings)
+    policy = ZeroPolicy.for_stage(config.zero_optimization.stage)
+    reducer = GradientReducer(layout.trained, named, policy=policy, communicator=communicator, settings=settings)
     sharded = ShardedOptimizer(
         optimizer,
-        flat,
+        model.trained,
         reducer,
         scaler=build_loss_scaler(config),
         clip=config.gradient_clipping,
         overlap=settings.overlap,
     )
     make_inspectable(sharded)
-    return sharded
+    return model, sharded
 
 
 def build_lr_scheduler(scheduler: Any, optimizer: ShardedOptimizer | None, config: DeepSpeedConfig) -> Any:

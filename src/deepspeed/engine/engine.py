@@ -71,7 +71,7 @@ class DeepSpeedEngine(EngineInformation):
         if scale_wrt_gas:
             scale /= self.gradient_accumulation_steps()
         optimizer.reducer.begin(reduce=self._reduces(optimizer))
-        with self._instruments.timed("backward"):
+        with self._instruments.timed("backward"), self._parts.model.scopes.backward():
             (loss * scale if scale != 1.0 else loss).backward(retain_graph=retain_graph, **kwargs)
         with self._instruments.timed("reduce"):
             optimizer.reducer.finish()
@@ -175,7 +175,8 @@ class DeepSpeedEngine(EngineInformation):
             parameter.grad = None
 
     def empty_partition_cache(self) -> None:
-        """Free what a stage keeps of gathered parameters; stages 0 to 2 gather none."""
+        """Release the parameters that stage 3 gathered ahead or kept; the other stages gather none."""
+        self._parts.model.scopes.fetcher.release_idle()
 
     def scale(self, loss: Tensor) -> Tensor:
         """``loss`` times the loss scale, for those who call ``backward`` on it themselves."""
@@ -309,6 +310,7 @@ class DeepSpeedEngine(EngineInformation):
         parameters and may be given to ``initialize`` again."""
         if self.optimizer is not None:
             self.optimizer.close()
+        self._parts.model.close()
         self._instruments.close()
         self._parts.monitor.close()
         self._batches = None

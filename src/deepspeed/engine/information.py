@@ -119,7 +119,7 @@ class EngineInformation(nn.Module):
 
     def model_state_bytes(self) -> ModelStateBytes:
         """Bytes of this rank's model states, measured from the storages that live now."""
-        return measure_model_states(self.module, self.optimizer)
+        return measure_model_states(self.module, self._parts.model, self.optimizer)
 
     # -- settings ------------------------------------------------------------------------------------------------------
 

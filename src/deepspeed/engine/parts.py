@@ -12,6 +12,7 @@ from ..comm.communicator import Communicator
 from ..config import DeepSpeedConfig
 from ..monitor.monitor import MonitorMaster
 from ..zero.optimizer import ShardedOptimizer
+from ..zero.sharding import ShardedModel
 from .precision import PrecisionPolicy
 
 
@@ -22,6 +23,7 @@ class EngineParts:
     config: DeepSpeedConfig
     communicator: Communicator
     precision: PrecisionPolicy
+    model: ShardedModel
     optimizer: ShardedOptimizer | None
     lr_scheduler: Any
     dataloader: Any

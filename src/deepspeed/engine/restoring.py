@@ -150,7 +150,7 @@ def _install(engine: DeepSpeedEngine, reader: CheckpointReader, plan: _Plan, req
                 _install_state(optimizer, shard, kinds, reader)
         if request.optimizer_states:
             _install_options(optimizer, index["optimizer"])
-        optimizer.flat.parameters_from_masters(optimizer.communicator, sharded=optimizer.policy.shard_optimizer)
+        optimizer.flat.parameters_from_masters(optimizer.communicator)
     for name, tensor in untrained_tensors(engine).items():
         if name in plan.tensors:
             whole = torch.empty(tensor.numel(), dtype=tensor.dtype)

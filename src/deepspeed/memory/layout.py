@@ -3,7 +3,8 @@
 The nouns, as every room uses them:
 
 - *parameter*: a named tensor of the model, known here by its name, shape, dtype name and optimizer group.
-- *bucket*: parameters of one group and dtype, end to end, each start aligned, the end padded so that the
+- *unit*: parameters that ZeRO stage 3 gathers and releases together.
+- *bucket*: parameters of one group, dtype and unit, end to end, each start aligned, the end padded so that the
   bucket divides evenly. A bucket is the unit of communication and of the optimizer's stream.
 - *slice*: the contiguous part of a bucket that one shard (rank) owns; all slices have the same size.
 - *placement*: where in its bucket a parameter lies.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
@@ -27,12 +28,14 @@ ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """A parameter as the layout sees it. ``group`` is the index of its optimizer parameter group."""
+    """A parameter as the layout sees it. ``group`` is the index of its optimizer parameter group, ``unit`` that of the
+    unit with which it is gathered, None for a parameter that is whole on every rank."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     group: int = 0
+    unit: int | None = None
 
     @property
     def numel(self) -> int:
@@ -76,11 +79,12 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Parameters of one group and dtype, end to end, ``numel`` elements in all, padding included."""
+    """Parameters of one group, dtype and unit, end to end, ``numel`` elements in all, padding included."""
 
     index: int
     group: int
     dtype: str
+    unit: int | None
     placements: tuple[Placement, ...]
     numel: int
     shards: int
@@ -120,7 +124,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """All trainable parameters in buckets, in the order in which the buckets are communicated."""
+    """Parameters in buckets, in the order in which the buckets are communicated."""
 
     buckets: tuple[Bucket, ...]
     shards: int
@@ -130,24 +134,24 @@ class FlatLayout:
         """Lay out ``parameters`` (in registration order) for ``shards`` ranks.
 
         Buckets fill in reverse registration order, which is about the order in which backward produces gradients,
-        and close before they would exceed ``bucket_numel`` elements; a larger parameter has a bucket of its own.
-        A bucket holds parameters of one optimizer group and one dtype.
+        and close before they would exceed ``bucket_numel`` elements; a larger parameter has a bucket of its own, and
+        a unit is never cut. They are ordered by the parameter that completes them.
         """
         if shards < 1:
             raise ValueError(f"a layout needs at least one shard, got {shards}")
-        filling: dict[tuple[int, str], list[Placement]] = {}
-        closed: list[list[Placement]] = []
-        for spec in reversed(list(parameters)):
-            key = (spec.group, spec.dtype)
-            placements = filling.setdefault(key, [])
-            start = _aligned(placements[-1].stop, ALIGNMENT) if placements else 0
-            if placements and start + spec.numel > bucket_numel:
-                closed.append(placements)
-                placements = filling[key] = []
+        filling: dict[tuple[int | None, int, str], _Filling] = {}
+        buckets: list[_Filling] = []
+        for position, spec in enumerate(reversed(list(parameters))):
+            key = (spec.unit, spec.group, spec.dtype)
+            start = filling[key].next_start if key in filling else 0
+            if key not in filling or (spec.unit is None and start + spec.numel > bucket_numel):
                 start = 0
-            placements.append(Placement(spec, start))
-        closed += filling.values()
-        return FlatLayout(tuple(_close(index, placements, shards) for index, placements in enumerate(closed)), shards)
+                filling[key] = _Filling()
+                buckets.append(filling[key])
+            filling[key].placements.append(Placement(spec, start))
+            filling[key].completed_by = position
+        buckets.sort(key=lambda bucket: bucket.completed_by)
+        return FlatLayout(tuple(_close(index, b.placements, shards) for index, b in enumerate(buckets)), shards)
 
     @cached_property
     def homes(self) -> Mapping[str, tuple[Bucket, Placement]]:
@@ -170,6 +174,18 @@ class FlatLayout:
         return sum(p.spec.numel for bucket in self.buckets for p in bucket.placements)
 
 
+@dataclass
+class _Filling:
+    """A bucket that is being filled. ``completed_by`` is the position, in the order of backward, of its last parameter."""
+
+    placements: list[Placement] = field(default_factory=list)
+    completed_by: int = 0
+
+    @property
+    def next_start(self) -> int:
+        return _aligned(self.placements[-1].stop, ALIGNMENT)
+
+
 def _aligned(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
 
@@ -177,4 +193,4 @@ def _aligned(offset: int, alignment: int) -> int:
 def _close(index: int, placements: list[Placement], shards: int) -> Bucket:
     spec = placements[0].spec
     numel = _aligned(placements[-1].stop, ALIGNMENT * shards)
-    return Bucket(index, spec.group, spec.dtype, tuple(placements), numel, shards)
+    return Bucket(index, spec.group, spec.dtype, spec.unit, tuple(placements), numel, shards)

@@ -1,1 +1,9 @@
 """ZeRO: parameters, gradients and optimizer states sharded over data-parallel ranks."""
+
+from __future__ import annotations
+
+from .external import register_external_parameter, unregister_external_parameter
+from .gathered import GatheredParameters
+from .released import ZeroParamStatus
+
+__all__ = ["GatheredParameters", "ZeroParamStatus", "register_external_parameter", "unregister_external_parameter"]

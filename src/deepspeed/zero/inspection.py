@@ -67,9 +67,9 @@ def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> 
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     """Give ``param`` the fp32 ``value`` (of its shape, the same on all ranks), and the model the value rounded."""
     home = _found(param)
-    whole = home.checked(value, param.shape)
+    whole = home.checked(value, home.shape)
     home.set_own_part(home.master, home.part_of(whole))
-    param.copy_(whole)
+    home.set_parameter(param, whole)
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
     """Let the next step use the gradient ``value`` (of ``param``'s shape, the same on all ranks). Raises RuntimeError
     where no gradient has been reduced yet."""
     home = _found(param)
-    _set_local_gradient(home, home.part_of(home.checked(value, param.shape)))
+    _set_local_gradient(home, home.part_of(home.checked(value, home.shape)))
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_stat
     """Set the optimizer's state ``optim_state_key`` of ``param`` to ``value`` (of its shape, the same on all ranks).
     Raises KeyError for a key that the optimizer does not have."""
     home = _found(param)
-    whole = home.checked(value, param.shape)
+    whole = home.checked(value, home.shape)
     home.set_own_part(home.elementwise_state(optim_state_key), home.part_of(whole))
 
 
@@ -100,7 +100,7 @@ def safe_update_full_grad_vectorized(
     for group in _by_optimizer(local):
         gradients = _gathered([home for home, _, _ in group], [part for _, _, part in group])
         for (home, param, _), gradient in zip(group, gradients, strict=True):
-            updated = home.checked(update_func(gradient, param), param.shape)
+            updated = home.checked(update_func(gradient, param), home.shape)
             _set_local_gradient(home, home.part_of(updated))
 
 
@@ -135,7 +135,7 @@ def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     """Set this rank's part of the fp32 value of ``param``; the model's value is then put together from all ranks'."""
     home = _found(param)
     home.set_own_part(home.master, home.checked(value, home.local_shape))
-    param.copy_(_gathered([home], [home.own_part(home.master)])[0])
+    home.set_parameter(param, _gathered([home], [home.own_part(home.master)])[0])
 
 
 @torch.no_grad()
@@ -180,6 +180,11 @@ class _Home:
         return next((f for f in shard.fragments if f.spec.name == self.name), None)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The parameter's, whether or not it is released."""
+        return self.placement.spec.shape
+
+    @property
     def local_shape(self) -> tuple[int]:
         return (self.fragment.numel if self.fragment is not None else 0,)
 
@@ -191,6 +196,12 @@ class _Home:
     def set_own_part(self, flat: Tensor, values: Tensor) -> None:
         if self.fragment is not None:
             flat[self.fragment.slice_range] = values.to(flat.device, flat.dtype)
+
+    def set_parameter(self, param: nn.Parameter, whole: Tensor) -> None:
+        """Give the model the value ``whole``, rounded to its dtype."""
+        self.set_own_part(self.optimizer.flat.own_slice(self.bucket), self.part_of(whole))
+        if param.numel():
+            param.copy_(whole)
 
     def part_of(self, whole: Tensor) -> Tensor:
         """What of a value in the parameter's shape belongs to this rank, 1-D."""

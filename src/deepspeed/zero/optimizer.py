@@ -186,7 +186,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         for shard, saved in zip(self.shards, state_dict["fp32_flat_groups"], strict=True):
             shard.tensor.copy_(saved)
         self.scaler.load_state_dict(state_dict["scaler"])
-        self.flat.parameters_from_masters(self.communicator, sharded=self.policy.shard_optimizer)
+        self.flat.parameters_from_masters(self.communicator)
 
     def close(self) -> None:
         """Take the hooks off the model, free gradients and optimizer states, and give the inner optimizer the model's
@@ -227,10 +227,9 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         gathers: list[Pending] = []
 
         def gather(shard: FlatShard) -> None:
-            if self.policy.shard_optimizer:
-                gathers.append(self.communicator.all_gather(self.flat.buffers[shard.bucket.index]))
-                if not self._overlap:
-                    gathers.pop().wait()
+            gathers.append(self.flat.gather(shard.bucket, self.communicator))
+            if not self._overlap:
+                gathers.pop().wait()
 
         self._stepper.step(updates, gradient_scale=gradient_scale, finished=gather)
         for pending in gathers:

@@ -1,4 +1,4 @@
-"""The model's trainable parameters, moved into one flat buffer per bucket.
+"""The model's parameters, moved into one flat buffer per bucket.
 
 Each parameter becomes a view of its bucket's buffer, so that a bucket is communicated, stepped and gathered without
 copies. Where the optimizer works on another dtype than the model, a *master* copy of the own slice is kept in fp32.
@@ -6,61 +6,98 @@ copies. Where the optimizer works on another dtype than the model, a *master* co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ..comm.communicator import Communicator
+from ..comm.communicator import DONE, Communicator, Pending
 from ..memory.layout import Bucket, FlatLayout, Placement
 
 
-class FlatParameters:
-    """Buffers and own slices of the trainable parameters.
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the optimizer works on parameters of ``dtype``."""
+    return torch.promote_types(dtype, torch.float32)
 
-    ``buffers[i]`` is bucket i's whole buffer in the model's dtype; ``masters[i]`` is this shard's slice in fp32: the
-    buffer's own memory where the model itself is fp32, a separate tensor elsewhere.
+
+def unchanged(dtype: torch.dtype) -> torch.dtype:
+    """The master dtype of parameters that no optimizer changes: their own."""
+    return dtype
+
+
+class FlatParameters:
+    """Buffers and own slices of parameters.
+
+    ``buffers[i]`` is bucket i's whole buffer in the model's dtype; ``slices[i]`` is this shard's slice of it: a part of
+    the buffer, or memory of its own where the bucket belongs to a unit, whose buffer comes and goes. ``masters[i]`` is
+    the slice in the dtype of the masters: the same memory where the model itself has that dtype.
     """
 
-    def __init__(self, layout: FlatLayout, parameters: Mapping[str, nn.Parameter], *, shard: int):
+    def __init__(
+        self,
+        layout: FlatLayout,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        shard: int,
+        master_dtype: Callable[[torch.dtype], torch.dtype] = at_least_fp32,
+    ):
         self.layout = layout
         self.parameters = parameters
         self.shard = shard
         self.buffers: list[Tensor] = []
+        self.slices: list[Tensor] = []
         self.masters: list[Tensor] = []
+        self._master_dtype = master_dtype
 
-    def move_in(self, communicator: Communicator) -> None:
-        """Copy the parameters into their buckets' buffers, with rank 0's values on every rank, and make them views.
+    def move_in(self, communicator: Communicator) -> Iterator[Bucket]:
+        """Copy the parameters into their buckets' buffers, with rank 0's values on every rank, and make them views, one
+        bucket after the other: each is complete when it is yielded.
 
         Masters keep the precision that the parameters came with, also where the model's dtype is narrower. One bucket
-        in fp32 is the extra memory.
+        in the masters' dtype is the extra memory.
         """
         for bucket in self.layout.buckets:
             device = self.parameters[bucket.placements[0].spec.name].device
             dtype: torch.dtype = getattr(torch, bucket.dtype)
-            whole = torch.zeros(bucket.numel, dtype=_master_dtype(dtype), device=device)
+            wide = torch.zeros(bucket.numel, dtype=self._master_dtype(dtype), device=device)
             for placement in bucket.placements:
                 parameter = self.parameters[placement.spec.name]
-                whole[placement.start : placement.stop].view(placement.spec.shape).copy_(parameter.detach())
-            communicator.broadcast(whole).wait()
+                wide[placement.start : placement.stop].view(placement.spec.shape).copy_(parameter.detach())
+            communicator.broadcast(wide).wait()
+            whole = wide.to(dtype)
             own = whole[bucket.slice_range(self.shard)]
-            self.masters.append(own.clone() if dtype != whole.dtype else own)
-            self.buffers.append(whole.to(dtype))
+            if bucket.unit is not None and bucket.shards > 1:
+                own = own.clone()
+            self.buffers.append(whole)
+            self.slices.append(own)
+            self.masters.append(own if wide is whole else wide[bucket.slice_range(self.shard)].clone())
             for placement in bucket.placements:
                 view = self.view(bucket, placement).view(placement.spec.shape)
                 self.parameters[placement.spec.name].data = view
+            yield bucket
 
     def own_slice(self, bucket: Bucket) -> Tensor:
-        """This shard's slice of the bucket's buffer, in the model's dtype."""
-        return self.buffers[bucket.index][bucket.slice_range(self.shard)]
+        """This shard's slice of the bucket, in the model's dtype."""
+        return self.slices[bucket.index]
 
     def has_separate_master(self, bucket: Bucket) -> bool:
         """Whether the bucket's master is a tensor of its own."""
-        return self.buffers[bucket.index].dtype != self.masters[bucket.index].dtype
+        return self.slices[bucket.index] is not self.masters[bucket.index]
 
     def view(self, bucket: Bucket, placement: Placement) -> Tensor:
         """The 1-D part of the bucket's buffer that holds a parameter."""
         return self.buffers[bucket.index][placement.start : placement.stop]
+
+    @torch.no_grad()
+    def keep(self, parameter: nn.Parameter, bucket: Bucket) -> None:
+        """Take this shard's part of the values that ``parameter``, of ``bucket``, has now into slice and master."""
+        for fragment in bucket.fragments(self.shard):
+            if self.parameters[fragment.spec.name] is parameter:
+                start = fragment.parameter_start
+                values = parameter.detach().reshape(-1)[start : start + fragment.numel]
+                self.own_slice(bucket)[fragment.slice_range] = values
+                if self.has_separate_master(bucket):
+                    self.masters[bucket.index][fragment.slice_range] = values
 
     def masters_from_parameters(self) -> None:
         """Overwrite the separate masters with the model's present values, as after the module's own
@@ -69,15 +106,15 @@ class FlatParameters:
             if self.has_separate_master(bucket):
                 self.masters[bucket.index].copy_(self.own_slice(bucket))
 
-    def parameters_from_masters(self, communicator: Communicator, *, sharded: bool) -> None:
+    def parameters_from_masters(self, communicator: Communicator) -> None:
         """Overwrite the model's values with the masters, gathered from all shards."""
         for bucket in self.layout.buckets:
             if self.has_separate_master(bucket):
                 self.own_slice(bucket).copy_(self.masters[bucket.index])
-            if sharded:
-                communicator.all_gather(self.buffers[bucket.index]).wait()
+            self.gather(bucket, communicator).wait()
 
-
-def _master_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the optimizer works on parameters of ``dtype``: at least fp32."""
-    return torch.promote_types(dtype, torch.float32)
+    def gather(self, bucket: Bucket, communicator: Communicator) -> Pending:
+        """Bring a bucket that is whole on every rank up to date with the slices; one of a unit is when it is fetched."""
+        if bucket.shards == 1 or bucket.unit is not None:
+            return DONE
+        return communicator.all_gather(self.buffers[bucket.index])

@@ -25,8 +25,12 @@ class GradientSummary:
 
     @property
     def norm(self) -> float:
-        """The 2-norm over all parameters."""
-        return math.sqrt(self.squared_norm) if self.squared_norm >= 0 else math.nan
+        """The 2-norm over all parameters, to 24 bits: its last bits in fp64 depend on how slices are cut, and with them
+        what clipping does would depend on the stage."""
+        if not 0 <= self.squared_norm < math.inf:
+            return self.squared_norm if self.squared_norm > 0 else math.nan
+        mantissa, exponent = math.frexp(math.sqrt(self.squared_norm))
+        return math.ldexp(round(mantissa * 2**24), exponent - 24)
 
 
 def summarize(

@@ -1,0 +1,103 @@
+"""Which units are whole when: fetched when a module needs them, fetched ahead where the order is known, released behind.
+
+A unit is *held* while a module that needs it runs forward, or while its part of backward runs. What is held is whole.
+What nobody holds is released, unless it is expected again at once, or was fetched ahead for what is expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .order import END, FetchOrder
+from .units import ParameterUnit, UnitState
+
+
+@dataclass(frozen=True)
+class FetchLimits:
+    """In elements. ``ahead``: units that are fetched before they are needed, in all (one at least, unless 0).
+    ``reuse``: a unit that is needed again within so many is kept. ``live``: neither goes on beyond so many that are
+    whole at once."""
+
+    ahead: int
+    reuse: int
+    live: int
+
+
+class UnitFetcher:
+    """Fetches and releases ``units``."""
+
+    def __init__(self, units: Sequence[ParameterUnit], limits: FetchLimits):
+        self.units = tuple(units)
+        self.most_live_numel = 0
+        self._limits = limits
+        self._order = FetchOrder()
+
+    @property
+    def live_numel(self) -> int:
+        """Elements of the units that have memory for all of them now."""
+        return sum(unit.numel for unit in self.units if unit.state is not UnitState.SHARDED)
+
+    def hold(self, units: Iterable[ParameterUnit]) -> None:
+        """Make ``units`` whole until ``let_go``, and start to fetch what is expected next."""
+        wanted = list(units)
+        for unit in wanted:
+            unit.holds += 1
+            if unit.holds == 1:
+                self._order.record(unit.index)
+                unit.start_fetch()
+        self._fetch_ahead()
+        for unit in wanted:
+            unit.finish_fetch()
+
+    def let_go(self, units: Iterable[ParameterUnit]) -> None:
+        """Take back a ``hold``; what nobody holds any more is released."""
+        for unit in units:
+            unit.holds -= 1
+            if not unit.holds and not self._is_expected_at_once(unit):
+                unit.release()
+
+    def end_backward(self) -> None:
+        """Release what nobody holds: its values are about to change."""
+        self._order.record(END)
+        self.release_idle()
+
+    def release_idle(self) -> None:
+        """Release all that nobody holds."""
+        for unit in self.units:
+            if not unit.holds:
+                unit.release()
+
+    def _fetch_ahead(self) -> None:
+        """Start to fetch what is expected next, as far as the limits allow, and release what was fetched in vain."""
+        ahead: dict[int, ParameterUnit] = {}
+        numel, live = 0, self.live_numel
+        for index in self._order.upcoming():
+            unit = self.units[index]
+            numel += unit.numel if index not in ahead else 0
+            if index in ahead or not self._limits.ahead or (ahead and numel > self._limits.ahead):
+                break
+            needs_memory = unit.state is UnitState.SHARDED
+            if needs_memory and live + unit.numel > self._limits.live:
+                break
+            live += unit.numel if needs_memory else 0
+            ahead[index] = unit
+        for unit in self.units:
+            idle = unit.state is not UnitState.SHARDED and not unit.holds and unit.index not in ahead
+            if idle and not self._is_expected_at_once(unit):
+                unit.release()
+        for unit in ahead.values():
+            unit.start_fetch()
+        self.most_live_numel = max(self.most_live_numel, self.live_numel)
+
+    def _is_expected_at_once(self, unit: ParameterUnit) -> bool:
+        """Whether ``unit`` is needed again before others of more than ``reuse`` elements are."""
+        between, seen = 0, set()
+        for index in self._order.upcoming():
+            if index == unit.index:
+                return between == 0 or self.live_numel <= self._limits.live
+            between += self.units[index].numel
+            if between > self._limits.reuse or index in seen:
+                return False
+            seen.add(index)
+        return False

@@ -1,0 +1,145 @@
+"""A parameter whose values are not here: each rank has its slice, and nobody the whole.
+
+While a parameter is released its class is :class:`ReleasedParameter` and its shape ``(0,)``; it is an ordinary
+``nn.Parameter`` again while it is whole. So computing with a released one can be noticed, at no cost to computing with
+a whole one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from functools import partial
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class ZeroParamStatus(Enum):
+    """Whether a parameter's values are here. Read it as ``parameter.ds_status``."""
+
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+    INFLIGHT = 3
+
+
+class Home(Protocol):
+    """Where a sharded parameter's values come from: its unit, or the flat parameters of which it is a resident."""
+
+    def hold(self) -> None:
+        """Make the values be here until ``let_go``. Called on all ranks."""
+
+    def let_go(self) -> None:
+        """Take back a ``hold``; the last one lets the values go."""
+
+    def touched(self, parameter: nn.Parameter, operation: str) -> None:
+        """Make ``parameter`` whole, which ``operation`` needs while it is released, or raise."""
+
+    def keep(self, parameter: nn.Parameter, *, source: int | None) -> None:
+        """Make the values that ``parameter`` has now on rank ``source`` (the same on all ranks where None) the ones that
+        the model trains on. Called on all ranks, while the values are held."""
+
+
+_IDENTIFIERS = itertools.count()
+"""Sharded parameters are made in the same order on all ranks: a number is the same parameter everywhere."""
+
+HOME = "ds_home"
+"""The attribute of a sharded parameter that is its home."""
+
+_PROPERTIES = (
+    "data", "device", "dtype", "grad", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mkldnn", "is_mps",
+    "is_nested", "is_quantized", "is_sparse", "is_sparse_csr", "is_xla", "itemsize", "layout", "name", "names", "nbytes",
+    "ndim", "output_nr", "requires_grad", "retains_grad", "shape", "_backward_hooks", "_base", "_grad", "_version",
+)  # fmt: skip
+_METHODS = (
+    "__deepcopy__", "__hash__", "__reduce_ex__", "__repr__", "_is_view", "data_ptr", "detach", "dim", "element_size",
+    "is_contiguous", "is_complex", "is_floating_point", "is_inference", "is_shared", "is_signed", "ndimension", "nelement",
+    "numel", "register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "retain_grad", "size",
+    "storage_offset", "stride", "untyped_storage",
+)  # fmt: skip
+
+
+def _harmless() -> frozenset[Any]:
+    getters = [getattr(torch.Tensor, name) for name in _PROPERTIES if hasattr(torch.Tensor, name)]
+    accessors = [getattr(p, kind) for p in getters for kind in ("__get__", "__set__", "__delete__") if hasattr(p, kind)]
+    methods = [getattr(torch.Tensor, name) for name in _METHODS if hasattr(torch.Tensor, name)]
+    return frozenset([*accessors, *methods, torch.is_floating_point, torch.is_complex, torch.is_inference, torch.is_tensor])
+
+
+HARMLESS = _harmless()
+"""What asks about a parameter without computing with its values."""
+
+
+class ReleasedParameter(nn.Parameter):
+    """The class of a parameter while it is released."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Let questions about the parameter through; make it whole, or raise, for anything else."""
+        keywords = dict(kwargs or {})
+        if func not in HARMLESS:
+            for parameter in _released_among([*args, *keywords.values()]):
+                touch(parameter, getattr(func, "__name__", str(func)))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **keywords)
+
+
+def home_of(parameter: object) -> Home | None:
+    """The home of a sharded parameter, None for anything else."""
+    found: Home | None = getattr(parameter, HOME, None)
+    return found
+
+
+def touch(parameter: nn.Parameter, operation: str) -> None:
+    """Make a released ``parameter`` whole for ``operation``. Raises RuntimeError where that is not possible."""
+    home = home_of(parameter)
+    if home is None:
+        raise RuntimeError(
+            f"{operation} was called on a copy of a sharded parameter, which has no values: copy it inside "
+            "deepspeed.zero.GatheredParameters"
+        )
+    home.touched(parameter, operation)
+
+
+def release(parameter: nn.Parameter) -> None:
+    """Take the values out of ``parameter``."""
+    parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+    parameter.__class__ = ReleasedParameter
+    parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+
+
+def expose(parameter: nn.Parameter, values: Tensor) -> None:
+    """Give ``parameter`` its ``values`` (of its whole shape) as its memory."""
+    parameter.__class__ = nn.Parameter
+    parameter.data = values
+    parameter.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
+
+
+def describe(parameter: nn.Parameter, home: Home, *, shape: tuple[int, ...], shards: int) -> None:
+    """Give ``parameter`` its home, and the attributes by which integrations recognize a sharded parameter."""
+    described, numel = parameter.__dict__, prod(shape)
+    described.setdefault("ds_id", next(_IDENTIFIERS))
+    described[HOME] = home
+    described["ds_shape"] = torch.Size(shape)
+    described["ds_numel"] = numel
+    described["ds_status"] = ZeroParamStatus.AVAILABLE
+    described["partition_numel"] = partial(int, -(-numel // shards))
+
+
+def forget(parameter: nn.Parameter) -> None:
+    """Take away what ``describe`` gave; the identifier stays, for the next home."""
+    for name in (HOME, "ds_shape", "ds_numel", "ds_status", "partition_numel"):
+        parameter.__dict__.pop(name, None)
+
+
+def _released_among(values: Sequence[Any]) -> Iterator[ReleasedParameter]:
+    for value in values:
+        if isinstance(value, ReleasedParameter):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _released_among(value)

@@ -1,0 +1,111 @@
+"""From a model to its parameters in flat buffers, and under stage 3 in units that its modules fetch and release."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..comm.communicator import Communicator
+from ..memory.layout import FlatLayout, ParameterSpec
+from .fetching import FetchLimits, UnitFetcher
+from .parameters import FlatParameters, unchanged
+from .plan import UnitPlan
+from .scopes import ModuleScopes
+from .units import ParameterUnit, Resident, UnitPart
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """How a model's parameters are laid out: the trained ones in ``trained``, and of the others those that are sharded, in
+    ``frozen``. ``plan`` has no units below stage 3."""
+
+    plan: UnitPlan
+    trained: FlatLayout
+    frozen: FlatLayout
+
+    @staticmethod
+    def build(
+        module: nn.Module,
+        group_of: Mapping[str, int],
+        plan: UnitPlan,
+        *,
+        dtype_of: Callable[[torch.Tensor], torch.dtype],
+        shards: int,
+        bucket_numel: int,
+    ) -> ModelLayout:
+        """Lay out ``module`` for ``shards`` ranks. ``group_of`` is the optimizer group of each trained parameter, by
+        its first name; ``dtype_of`` says which dtype a parameter is to have."""
+        specs = [
+            ParameterSpec(
+                name,
+                tuple(p.shape),
+                str(dtype_of(p)).removeprefix("torch."),
+                group=group_of.get(name, 0),
+                unit=plan.unit_of.get(name),
+            )
+            for name, p in module.named_parameters()
+        ]
+        trained = [spec for spec in specs if spec.name in group_of]
+        frozen = [spec for spec in specs if spec.name not in group_of and spec.unit is not None]
+        return ModelLayout(
+            plan,
+            FlatLayout.build(trained, shards=shards, bucket_numel=bucket_numel),
+            FlatLayout.build(frozen, shards=shards, bucket_numel=bucket_numel),
+        )
+
+
+@dataclass(frozen=True)
+class ShardedModel:
+    """A model whose parameters have moved: ``trained`` is what an optimizer steps, ``frozen`` what is only sharded."""
+
+    trained: FlatParameters
+    frozen: FlatParameters
+    scopes: ModuleScopes
+    residents: tuple[Resident, ...]
+    fetching: Communicator
+
+    def close(self) -> None:
+        """Leave every parameter whole and ordinary, without hooks."""
+        self.scopes.close()
+        for unit in self.scopes.fetcher.units:
+            unit.close()
+        for resident in self.residents:
+            resident.close()
+        self.fetching.close()
+
+
+def move_in(
+    module: nn.Module, layout: ModelLayout, communicator: Communicator, fetching: Communicator, limits: FetchLimits
+) -> ShardedModel:
+    """Move the parameters of ``module`` into the buffers of ``layout``, with rank 0's values. Units are released as soon
+    as they are complete.
+
+    ``fetching`` is the communicator of units: a group of its own, since the order of fetches and reductions relative to
+    each other may differ between ranks.
+    """
+    named = dict(module.named_parameters())
+    parts: dict[int, list[UnitPart]] = {index: [] for index in range(len(layout.plan.names))}
+    residents: list[Resident] = []
+    shard = communicator.rank if layout.trained.shards > 1 else 0
+    trained = FlatParameters(layout.trained, _of(layout.trained, named), shard=shard)
+    frozen = FlatParameters(layout.frozen, _of(layout.frozen, named), shard=shard, master_dtype=unchanged)
+    for flat in (trained, frozen):
+        for bucket in flat.move_in(communicator):
+            if bucket.unit is not None:
+                part = UnitPart(flat, bucket)
+                part.release()
+                parts[bucket.unit].append(part)
+            elif layout.plan.names:
+                residents.append(Resident(flat, bucket, communicator))
+    units = [ParameterUnit(index, name, parts[index], fetching) for index, name in enumerate(layout.plan.names)]
+    modules = dict(module.named_modules())
+    needs = {modules[name]: [units[index] for index in indices] for name, indices in layout.plan.needs.items()}
+    return ShardedModel(trained, frozen, ModuleScopes(UnitFetcher(units, limits), needs), tuple(residents), fetching)
+
+
+def _of(layout: FlatLayout, named: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The parameters of ``layout``, in the order of ``named``."""
+    return {name: parameter for name, parameter in named.items() if name in layout.homes}

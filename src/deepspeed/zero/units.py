@@ -1,0 +1,201 @@
+"""A unit of ZeRO stage 3: parameters that are gathered by one collective per dtype, and released together.
+
+The nouns:
+
+- *part*: the unit's parameters of one optimizer group and dtype: a bucket of a flat layout. Each rank keeps its *slice*
+  of it for good; the *whole* buffer has memory only while the unit is not sharded.
+- *view*: a parameter's place in the whole buffer. When the unit is whole, it is the parameter's memory.
+
+The buffer's storage is resized, not replaced: what autograd saved of a parameter in forward (a transposed view, say)
+finds the values again when the unit is fetched for backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..comm.communicator import Communicator, Pending
+from ..memory.layout import Bucket
+from . import released
+from .parameters import FlatParameters
+
+OnTouch = Callable[["ParameterUnit", nn.Parameter, str], None]
+"""Makes a released parameter of a unit whole for an operation (its name), or raises."""
+
+
+class UnitState(Enum):
+    """Where a unit's values are, and what they cost this rank."""
+
+    SHARDED = "bytes / ranks: the own slices"
+    FETCHING = "bytes on top of that, being filled"
+    WHOLE = "bytes on top of that"
+
+
+class UnitPart:
+    """The parameters of ``bucket`` of ``flat``, which have moved in. With a single rank the whole buffer is the slice
+    itself, and never freed."""
+
+    def __init__(self, flat: FlatParameters, bucket: Bucket):
+        self.flat = flat
+        self.bucket = bucket
+        self.views: list[tuple[nn.Parameter, Tensor]] = [
+            (flat.parameters[place.spec.name], flat.view(bucket, place).view(place.spec.shape))
+            for place in bucket.placements
+        ]
+
+    @property
+    def whole(self) -> Tensor:
+        """The buffer (1-D)."""
+        return self.flat.buffers[self.bucket.index]
+
+    def start_fetch(self, communicator: Communicator, *, tag: int) -> Pending:
+        """Begin to gather the whole buffer, under a tag of its unit's."""
+        if self.bucket.shards > 1:
+            self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
+            self.whole[self.bucket.slice_range(communicator.rank)].copy_(self.flat.own_slice(self.bucket))
+        return communicator.all_gather(self.whole, tag=tag)
+
+    def expose(self) -> None:
+        """Make the buffer the parameters' memory."""
+        for parameter, view in self.views:
+            released.expose(parameter, view)
+
+    def release(self) -> None:
+        """Take the memory from the parameters and free it."""
+        for parameter, _ in self.views:
+            released.release(parameter)
+        if self.bucket.shards > 1:
+            self.whole.untyped_storage().resize_(0)
+
+
+class ParameterUnit:
+    """The parameters of ``parts``, which come released: all sharded or all whole. ``holds`` counts who needs it whole
+    now; ``on_touch`` is called for a parameter that is computed with while it is released."""
+
+    def __init__(self, index: int, name: str, parts: Sequence[UnitPart], communicator: Communicator):
+        self.index = index
+        self.name = name
+        self.parts = tuple(parts)
+        self.numel = sum(part.bucket.numel for part in parts)
+        self.state = UnitState.SHARDED
+        self.holds = 0
+        self.on_touch: OnTouch = refuse
+        self._communicator = communicator
+        self._pending: list[Pending] = []
+        for part in parts:
+            for place, (parameter, _) in zip(part.bucket.placements, part.views, strict=True):
+                released.describe(parameter, self, shape=place.spec.shape, shards=part.bucket.shards)
+                parameter.__dict__["ds_status"] = released.ZeroParamStatus.NOT_AVAILABLE
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The unit's parameters."""
+        return (parameter for part in self.parts for parameter, _ in part.views)
+
+    @torch.no_grad()
+    def start_fetch(self) -> None:
+        """Begin to gather the unit, if nobody has. All ranks do so in the same order."""
+        if self.state is UnitState.SHARDED:
+            self._pending = [part.start_fetch(self._communicator, tag=1 + self.index) for part in self.parts]
+            self.state = UnitState.FETCHING
+
+    def finish_fetch(self) -> None:
+        """Make the unit whole."""
+        self.start_fetch()
+        if self.state is UnitState.FETCHING:
+            self._wait()
+            for part in self.parts:
+                part.expose()
+            self.state = UnitState.WHOLE
+
+    def release(self) -> None:
+        """Free the whole buffers; what was changed in them is lost unless it was kept."""
+        if self.state is not UnitState.SHARDED:
+            self._wait()
+            for part in self.parts:
+                part.release()
+            self.state = UnitState.SHARDED
+
+    # -- the face of a home (released.Home) ----------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Make the unit whole until ``let_go``."""
+        self.holds += 1
+        self.finish_fetch()
+
+    def let_go(self) -> None:
+        """Take back a ``hold``; after the last one the unit is released."""
+        self.holds -= 1
+        if not self.holds:
+            self.release()
+
+    def touched(self, parameter: nn.Parameter, operation: str) -> None:
+        """Make the unit whole for ``operation``, or raise."""
+        self.on_touch(self, parameter, operation)
+
+    def keep(self, parameter: nn.Parameter, *, source: int | None) -> None:
+        """Take this rank's part of the values that ``parameter`` has now into the slices and masters."""
+        part = next(part for part in self.parts if any(mine is parameter for mine, _ in part.views))
+        if source is not None:
+            self._communicator.broadcast(parameter.detach(), source=source).wait()
+        part.flat.keep(parameter, part.bucket)
+
+    def name_of(self, parameter: nn.Parameter) -> str:
+        """The parameter's name in the model."""
+        named = (item for part in self.parts for item in part.flat.parameters.items())
+        return next(name for name, mine in named if mine is parameter)
+
+    def close(self) -> None:
+        """Leave the parameters whole and ordinary."""
+        self.finish_fetch()
+        for parameter in self.parameters():
+            released.forget(parameter)
+
+    def _wait(self) -> None:
+        for pending in self._pending:
+            pending.wait()
+        self._pending.clear()
+
+
+class Resident:
+    """The home of parameters of a bucket that is whole on every rank."""
+
+    def __init__(self, flat: FlatParameters, bucket: Bucket, communicator: Communicator):
+        self._flat = flat
+        self._bucket = bucket
+        self._communicator = communicator
+        for place in bucket.placements:
+            released.describe(flat.parameters[place.spec.name], self, shape=place.spec.shape, shards=bucket.shards)
+
+    def hold(self) -> None:
+        """The values are here."""
+
+    def let_go(self) -> None:
+        """The values stay."""
+
+    def touched(self, parameter: nn.Parameter, operation: str) -> None:
+        """Never called: the parameter is not released."""
+
+    def keep(self, parameter: nn.Parameter, *, source: int | None) -> None:
+        """Give all ranks rank ``source``'s values, and take them into the masters."""
+        if source is not None:
+            self._communicator.broadcast(parameter.detach(), source=source).wait()
+        self._flat.keep(parameter, self._bucket)
+
+    def close(self) -> None:
+        """Leave the parameters ordinary."""
+        for place in self._bucket.placements:
+            released.forget(self._flat.parameters[place.spec.name])
+
+
+def refuse(unit: ParameterUnit, parameter: nn.Parameter, operation: str) -> NoReturn:
+    """Raise the error for a parameter that is used while nothing can make it whole."""
+    shape = tuple(parameter.ds_shape)  # type: ignore[attr-defined]
+    raise RuntimeError(
+        f"'{unit.name_of(parameter)}' {shape} is sharded by ZeRO stage 3 and was used ({operation}) while no module of the "
+        "model runs: use it inside deepspeed.zero.GatheredParameters([parameter]), on all ranks"
+    )
