@@ -41,8 +41,10 @@ class Boundaries:
         """Watch for the backward of a checkpoint, recomputation included: from the first gradient of its ``outputs`` to
         the last of its ``inputs`` (nested tuples, lists and dicts). Without an input that requires one, backward has no
         end that could be seen."""
+        if not self.observed:
+            return
         leaving, entering = list(_with_gradients(outputs)), list(_with_gradients(inputs))
-        if not (self.observed and leaving and entering):
+        if not (leaving and entering):
             return
         starts: list[float] = []
 
