@@ -311,6 +311,19 @@ def test_an_activation_that_was_copied_may_be_changed_in_place():
         assert_same_bits([trained_in_place(deepspeed.checkpointing.checkpoint)], [trained_in_place(plain)])
 
 
+def test_a_function_that_changes_its_copied_input_in_place_does_not_change_what_is_kept():
+    def second_backward(call: Wrapper) -> Tensor | None:
+        leaf = torch.linspace(-1, 1, 8, requires_grad=True)
+        y = call(lambda x: x.mul_(3).exp(), leaf * 1).sum()
+        y.backward(retain_graph=True)
+        leaf.grad = None
+        y.backward()
+        return leaf.grad
+
+    with configured(**SETTINGS["contiguous"]):
+        assert_same_bits([second_backward(deepspeed.checkpointing.checkpoint)], [second_backward(plain)])
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_of_the_function_goes_through_and_the_next_checkpoint_works(error):
     def failing(x: Tensor) -> Tensor:
