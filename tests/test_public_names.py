@@ -29,6 +29,12 @@ SCHEDULE_CONSTANTS = [
     *["WARMUP_MAX_LR", "WARMUP_MIN_LR", "WARMUP_MIN_RATIO", "WARMUP_NUM_STEPS", "WARMUP_TYPE"],
 ]
 
+CHECKPOINTING = [
+    *["CheckpointFunction", "CudaRNGStatesTracker", "checkpoint", "configure", "get_cuda_rng_tracker", "is_configured"],
+    *["model_parallel_cuda_manual_seed", "non_reentrant_checkpoint", "partition_activations_in_checkpoint", "reset"],
+    *["set_num_layers"],
+]
+
 
 def estimators(stage: int) -> list[str]:
     name = f"estimate_zero{stage}_model_states_mem_needs"
@@ -39,7 +45,7 @@ NAMES: dict[str, list[str]] = {
     "": [
         *["DeepSpeedConfig", "DeepSpeedEngine", "OnDevice", "__version__", "add_config_arguments", "get_accelerator"],
         *["init_distributed", "initialize"],
-        *["accelerator", "checkpoint", "comm", "monitor", "ops", "profiling", "runtime", "utils", "zero"],
+        *["accelerator", "checkpoint", "checkpointing", "comm", "monitor", "ops", "profiling", "runtime", "utils", "zero"],
     ],
     "accelerator": ["Accelerator", "get_accelerator", "is_current_accelerator_supported"],
     "comm": [
@@ -58,13 +64,18 @@ NAMES: dict[str, list[str]] = {
         "WandbMonitor",
         "csvMonitor",
     ],
+    "checkpoint.activations.checkpointing": CHECKPOINTING,
     "ops": ["adagrad", "adam", "lamb", "lion"],
     "ops.adagrad": ["DeepSpeedCPUAdagrad"],
     "ops.adam": ["DeepSpeedCPUAdam", "FusedAdam"],
     "ops.lamb": ["FusedLamb"],
     "ops.lion": ["DeepSpeedCPULion", "FusedLion"],
     "profiling.flops_profiler": ["FlopsProfiler", "get_model_profile"],
-    "runtime": ["base_optimizer", "config", "dataloader", "engine", "lr_schedules", "utils", "zero"],
+    "runtime": [
+        *["activation_checkpointing", "base_optimizer", "config", "dataloader", "engine", "lr_schedules", "utils", "zero"],
+    ],
+    "runtime.activation_checkpointing": ["checkpointing"],
+    "runtime.activation_checkpointing.checkpointing": CHECKPOINTING,
     "runtime.base_optimizer": ["DeepSpeedOptimizer"],
     "runtime.config": ["DeepSpeedConfig"],
     "runtime.dataloader": ["RepeatingLoader"],

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .accelerator import get_accelerator
     from .accelerator.placement import OnDevice
     from .api import add_config_arguments, initialize
+    from .checkpoint.activations import checkpointing
     from .comm import init_distributed
     from .config import DeepSpeedConfig
     from .engine.engine import DeepSpeedEngine
@@ -27,6 +28,7 @@ __all__ = [
     "accelerator",
     "add_config_arguments",
     "checkpoint",
+    "checkpointing",
     "comm",
     "get_accelerator",
     "init_distributed",
@@ -50,12 +52,15 @@ _HOMES = {
 }
 """The modules that public names come from; the other names in ``__all__`` are modules themselves."""
 
+_MODULES = {"checkpointing": "checkpoint.activations.checkpointing"}
+"""The modules that lie elsewhere than their public names say."""
+
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     if name in __all__:
-        return importlib.import_module(f"{__name__}.{name}")
+        return importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}")
     raise AttributeError(f"module 'deepspeed' has no attribute '{name}'")
 
 

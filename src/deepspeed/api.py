@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from .accelerator import get_accelerator
+from .checkpoint.activations import checkpointing
 from .comm import init_distributed
 from .comm.agreement import on_all_ranks
 from .comm.communicator import Communicator
@@ -64,6 +65,8 @@ def initialize(
         error=ConfigError,
     )
     _announce(settings, communicator)
+    if settings.gives("activation_checkpointing"):
+        checkpointing.configure(None, deepspeed_config=settings)
     precision = PrecisionPolicy.from_config(settings)
     device = _device(args)
     model.to(device)

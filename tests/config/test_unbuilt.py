@@ -32,7 +32,6 @@ SWITCHED_ON: dict[str, dict[str, Any]] = {
     "disable_python_gc": {"disable_python_gc": True},
     "use_data_before_expert_parallelism": {"use_data_before_expert_parallelism": True},
     "checkpoint.use_node_local_storage": {"checkpoint": {"use_node_local_storage": True}},
-    "activation_checkpointing": {"activation_checkpointing": {"cpu_checkpointing": True}},
     "tensor_parallel.autotp_size": {"tensor_parallel": {"autotp_size": 2}},
     "pipeline": {"pipeline": {"stages": 2}},
     "sparse_attention.mode": {"sparse_attention": {"mode": "fixed"}},

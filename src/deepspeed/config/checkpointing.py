@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from .errors import Problem
 from .section import Int, Lowered, OpenSection, Section, key
 
 
@@ -25,14 +26,33 @@ class CheckpointConfig(Section):
 
 
 class ActivationCheckpointingConfig(Section):
-    """Activation checkpointing by ``deepspeed.checkpointing``."""
+    """How ``deepspeed.checkpointing.checkpoint`` keeps the inputs of what it recomputes in backward."""
 
-    partition_activations: bool = key(False, "Split saved activations over tensor-parallel ranks.")
-    cpu_checkpointing: bool = key(False, "Keep saved activations in CPU memory.")
-    contiguous_memory_optimization: bool = key(False, "Keep saved activations in one buffer.")
-    number_checkpoints: Int | None = key(None, "Checkpoints of a forward, to size that buffer.", unit="checkpoints", ge=1)
-    synchronize_checkpoint_boundary: bool = key(False, "Synchronize the device at each checkpoint.")
-    profile: bool = key(False, "Time each checkpoint.")
+    partition_activations: bool = key(False, "Split each input over the model-parallel ranks; gather it in backward.")
+    cpu_checkpointing: bool = key(False, "Keep inputs in CPU memory.")
+    contiguous_memory_optimization: bool = key(
+        False, "Keep inputs in buffers made once; needs partition_activations and number_checkpoints."
+    )
+    number_checkpoints: Int | None = key(
+        None, "Most checkpoints that wait for their backward, to size those buffers.", unit="checkpoints", ge=1
+    )
+    synchronize_checkpoint_boundary: bool = key(
+        False, "Wait for the device where the forward and the backward of a checkpoint begin and end."
+    )
+    profile: bool = key(False, "Log the time of forward and backward of each checkpoint; waits for the device too.")
+
+    def contradictions(self) -> list[Problem]:
+        """What is wrong with the combination of keys."""
+        if not self.contiguous_memory_optimization:
+            return []
+        section, problems = "activation_checkpointing", []
+        if not self.partition_activations:
+            sentence = "is false; contiguous_memory_optimization works with it alone. Set both to true, or both to false."
+            problems.append(Problem(f"{section}.partition_activations", sentence))
+        if self.number_checkpoints is None:
+            sentence = "is missing; contiguous_memory_optimization needs the number of checkpoints of a forward."
+            problems.append(Problem(f"{section}.number_checkpoints", sentence))
+        return problems
 
 
 class NebulaConfig(Section):

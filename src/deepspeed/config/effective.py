@@ -12,7 +12,6 @@ from .section import Section, stage_of, unit_of
 from .tuning import DEEPCOMPILE
 
 IDLE = (
-    "activation_checkpointing",
     "aio",
     "amp",
     "compression_training",

@@ -123,3 +123,7 @@ class DeepSpeedConfig(Section):
     def origin(self, path: str) -> Origin:
         """Where the effective value of the key ``path`` (dotted) came from."""
         return self._sources.get(path, DEFAULT)
+
+    def gives(self, section: str) -> bool:
+        """Whether the configuration has a key of ``section``, under that name or another."""
+        return any(path.startswith(f"{section}.") for path in self._sources)

@@ -120,11 +120,6 @@ UNBUILT: tuple[tuple[str, Predicate, str], ...] = (
         "it is not built yet; save to a directory that all hosts share, and set it to false.",
     ),
     (
-        "activation_checkpointing",
-        lambda c: any(value not in (False, None) for value in c.activation_checkpointing.model_dump().values()),
-        "its switches are not built yet; use torch.utils.checkpoint in the model.",
-    ),
-    (
         "tensor_parallel.autotp_size",
         lambda c: c.tensor_parallel.autotp_size > 1,
         "tensor parallelism is not built yet; use 1.",

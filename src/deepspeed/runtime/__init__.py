@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import base_optimizer, config, dataloader, engine, lr_schedules, utils, zero
+from . import activation_checkpointing, base_optimizer, config, dataloader, engine, lr_schedules, utils, zero
 
-__all__ = ["base_optimizer", "config", "dataloader", "engine", "lr_schedules", "utils", "zero"]
+__all__ = ["activation_checkpointing", "base_optimizer", "config", "dataloader", "engine", "lr_schedules", "utils", "zero"]

@@ -1,0 +1,1 @@
+"""Activation checkpointing: recompute in backward what forward does not keep."""
