@@ -49,6 +49,7 @@ class CheckpointReader:
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in self.index["shapes"].items()}
         self._files: dict[str, Any] = {}
         self._pieces: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
+        self._kinds: dict[str, set[str]] = defaultdict(set)
         self._stack = ExitStack()
         try:
             self._open()
@@ -66,10 +67,9 @@ class CheckpointReader:
         """Close the files."""
         self._stack.close()
 
-    def kinds(self, names: Iterable[str]) -> set[str]:
-        """The kinds of which some of the tensors ``names`` are stored."""
-        wanted = set(names)
-        return {kind for kind, name in self._pieces if name in wanted}
+    def kinds(self, name: str) -> frozenset[str]:
+        """The kinds of which the tensor ``name`` is stored: none for a name that the checkpoint does not have."""
+        return frozenset(self._kinds.get(name, ()))
 
     def parts(self, kind: str, name: str, start: int, numel: int) -> list[Part]:
         """Where elements ``[start, start + numel)`` of a flattened tensor are stored, in order.
@@ -121,6 +121,7 @@ class CheckpointReader:
                 kind, _, label = piece.partition("/")
                 name, _, start = label.rpartition("@")
                 self._pieces[kind, name].append((int(start), piece))
+                self._kinds[name].add(kind)
         for pieces in self._pieces.values():
             pieces.sort()
 

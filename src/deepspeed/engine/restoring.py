@@ -20,7 +20,8 @@ from torch import Tensor
 from ..checkpoint.directory import CheckpointError, find_checkpoint, on_all_ranks, read_latest
 from ..checkpoint.reader import WEIGHT, CheckpointReader, Part
 from ..checkpoint.values import decode
-from ..optim.sharding import FlatShard
+from ..memory.layout import Fragment
+from ..optim.segments import FlatShard, cuts
 from ..zero.optimizer import ShardedOptimizer
 from .checkpointing import client_name, untrained_tensors
 
@@ -50,9 +51,11 @@ class _Fill:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to read: for each slice of the optimizer and kind of state, and for each other tensor of the module."""
+    """What to read: for each slice of the optimizer and kind of state, and for each other tensor of the module.
+    ``numbers`` are the optimizer states that are numbers, by parameter."""
 
     slices: list[dict[str, list[_Fill]]] = field(default_factory=list)
+    numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
     tensors: dict[str, list[_Fill]] = field(default_factory=dict)
 
     def pieces(self) -> Iterator[str]:
@@ -100,11 +103,11 @@ def _make_plan(engine: DeepSpeedEngine, reader: CheckpointReader, request: LoadR
         problems += _of_another_optimizer(reader, optimizer)
     if problems:
         raise CheckpointError(f"{reader.path} does not fit: {'; '.join(problems[:8])}")
-    plan = _Plan()
+    plan = _Plan(numbers=_numbers(optimizer, reader) if optimizer is not None and request.optimizer_states else {})
     for shard in optimizer.shards if optimizer is not None else ():
-        # Of the whole bucket: a slice that is padding alone steps too, and has states.
-        names = {placement.spec.name for placement in shard.bucket.placements}
-        kinds = reader.kinds(names) if request.optimizer_states else {WEIGHT}
+        kinds = {WEIGHT}
+        if request.optimizer_states:
+            kinds = kinds.union(*(reader.kinds(fragment.spec.name) for fragment in shard.fragments))
         plan.slices.append({kind: _fills(reader, kind, shard) for kind in sorted(kinds)})
     for name in ours.keys() & reader.shapes.keys():
         plan.tensors[name] = [_Fill(0, tuple(reader.parts(WEIGHT, name, 0, ours[name].numel())))]
@@ -112,8 +115,21 @@ def _make_plan(engine: DeepSpeedEngine, reader: CheckpointReader, request: LoadR
 
 
 def _fills(reader: CheckpointReader, kind: str, shard: FlatShard) -> list[_Fill]:
-    fragments = [f for f in shard.fragments if f.spec.name in reader.shapes and kind in reader.kinds([f.spec.name])]
+    def stored(name: str) -> bool:
+        return name in reader.shapes if kind == WEIGHT else kind in reader.kinds(name)
+
+    fragments = [fragment for fragment in shard.fragments if stored(fragment.spec.name)]
     return [_Fill(f.slice_start, tuple(reader.parts(kind, f.spec.name, f.parameter_start, f.numel))) for f in fragments]
+
+
+def _numbers(optimizer: ShardedOptimizer, reader: CheckpointReader) -> dict[str, dict[str, Any]]:
+    """The states of each parameter that are numbers, by its name."""
+    saved = reader.index["optimizer"]
+    if "parameters" in saved:
+        return {name: entry["numbers"] for entry in saved["parameters"] for name in entry["names"]}
+    # A checkpoint from before parameters had numbers of their own has those of each group, equal in all of it.
+    group_of = {name: bucket.group for name, (bucket, _) in optimizer.flat.layout.homes.items()}
+    return {name: saved["numbers"][group] for name, group in group_of.items() if reader.kinds(name) > {WEIGHT}}
 
 
 def _of_another_model(reader: CheckpointReader, ours: dict[str, tuple[int, ...]], strict: bool) -> list[str]:
@@ -145,9 +161,9 @@ def _install(engine: DeepSpeedEngine, reader: CheckpointReader, plan: _Plan, req
     if optimizer is not None:
         optimizer.zero_grad()
         for shard, kinds in zip(optimizer.shards, plan.slices, strict=True):
-            _fill(shard.tensor, kinds.pop(WEIGHT, []), reader)
+            _fill(shard.tensor, kinds.pop(WEIGHT), reader)
             if request.optimizer_states:
-                _install_state(optimizer, shard, kinds, reader)
+                _install_state(optimizer, shard, kinds, plan.numbers, reader)
         if request.optimizer_states:
             _install_options(optimizer, index["optimizer"])
         optimizer.flat.parameters_from_masters(optimizer.communicator, sharded=optimizer.policy.shard_optimizer)
@@ -180,19 +196,30 @@ def _fill(target: Tensor, fills: list[_Fill], reader: CheckpointReader) -> None:
 
 
 def _install_state(
-    optimizer: ShardedOptimizer, shard: FlatShard, kinds: dict[str, list[_Fill]], reader: CheckpointReader
+    optimizer: ShardedOptimizer,
+    shard: FlatShard,
+    kinds: dict[str, list[_Fill]],
+    numbers: dict[str, dict[str, Any]],
+    reader: CheckpointReader,
 ) -> None:
-    numbers = reader.index["optimizer"]["numbers"][shard.bucket.group]
-    state: dict[str, Any] = {
-        key: torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"])) if isinstance(value, dict) else value
-        for key, value in numbers.items()
-    }
-    optimizer.state.pop(shard.tensor, None)
+    """Give a slice its states, cut where parameters had different ones."""
+    flats = {kind: torch.zeros_like(shard.tensor) for kind in kinds}
     for kind, fills in kinds.items():
-        state[kind] = torch.zeros_like(shard.tensor)
-        _fill(state[kind], fills, reader)
-    if state:
-        optimizer.state[shard.tensor] = state
+        _fill(flats[kind], fills, reader)
+
+    def states(fragment: Fragment) -> tuple[dict[str, Any], list[str]]:
+        name = fragment.spec.name
+        return numbers.get(name, {}), [kind for kind in flats if kind in reader.kinds(name)]
+
+    for segment in optimizer.segments.recut(shard, cuts(shard.fragments, states)):
+        own, elementwise = states(segment.fragments[0]) if segment.fragments else ({}, [])
+        state = {key: _number(value) for key, value in own.items()} | {k: flats[k][segment.where] for k in elementwise}
+        if state:
+            optimizer.state[segment.tensor] = state
+
+
+def _number(value: Any) -> Any:
+    return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"])) if isinstance(value, dict) else value
 
 
 def _install_options(optimizer: ShardedOptimizer, saved: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ The step, in order:
 3. unscaling and clipping become one factor, folded into the optimizer's own pass over memory;
 4. bucket by bucket: the inner optimizer steps the slice, and the bucket's all-gather starts while the next one steps.
 
-The inner ``torch.optim`` optimizer holds the flat slices in place of the model's parameters.
+The inner ``torch.optim`` optimizer holds the flat slices in place of the model's parameters, cut into segments where
+parameters have taken different steps (:mod:`deepspeed.optim.segments`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torch import Tensor
 from ..comm.communicator import Communicator, Pending
 from ..memory.layout import Bucket
 from ..optim.loss_scaling import LossScaler
-from ..optim.sharding import FlatShard, ShardUpdate, make_stepper
+from ..optim.segments import FlatShard, Segments
+from ..optim.sharding import ShardUpdate, make_stepper
 from .parameters import FlatParameters
 from .policy import ZeroPolicy
 from .reducer import GradientReducer
@@ -72,15 +74,14 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         self._names = tuple(flat.layout.homes)
         self.shards = tuple(FlatShard(flat.masters[bucket.index], bucket, flat.shard) for bucket in flat.layout.buckets)
         self._given = [group["params"] for group in optimizer.param_groups]
-        for index, group in enumerate(optimizer.param_groups):
-            group["params"] = [shard.tensor for shard in self.shards if shard.bucket.group == index]
-        self._stepper = make_stepper(optimizer, self.shards, reducer.communicator)
+        self.segments = Segments(optimizer, self.shards)
+        self._stepper = make_stepper(self.segments, reducer.communicator)
 
     # -- the inner optimizer's face; class-level so that wrappers without our __dict__ keep it -----------------------
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimizer's parameter groups; their ``params`` are flat slices."""
+        """The inner optimizer's parameter groups; their ``params`` are flat slices, or segments of them."""
         return self.optimizer.param_groups
 
     @param_groups.setter
@@ -89,7 +90,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
 
     @property
     def state(self) -> Any:
-        """The inner optimizer's state, by slice."""
+        """The inner optimizer's state, by slice or segment."""
         return self.optimizer.state
 
     @state.setter
@@ -169,6 +170,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         size and stage must be the same; ``save_checkpoint`` has no such limit."""
         return {
             "optimizer": self.optimizer.state_dict(),
+            "segments": [[segment.start for segment in self.segments.of(shard)] for shard in self.shards],
             "fp32_flat_groups": [shard.tensor.clone() for shard in self.shards],
             "scaler": self.scaler.state_dict(),
             "zero_stage": self.policy.stage,
@@ -182,6 +184,9 @@ class ShardedOptimizer(DeepSpeedOptimizer):
             raise ValueError(
                 f"this optimizer state is one of {theirs} slices, the engine has {ours}: use load_checkpoint, which reshapes"
             )
+        # The first segment starts with the slice; a state dict from before there were segments has one for each slice.
+        for shard, starts in zip(self.shards, state_dict.get("segments", [[0]] * len(self.shards)), strict=True):
+            self.segments.recut(shard, starts[1:])
         self.optimizer.load_state_dict(state_dict["optimizer"])
         for shard, saved in zip(self.shards, state_dict["fp32_flat_groups"], strict=True):
             shard.tensor.copy_(saved)
@@ -222,7 +227,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         return min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
 
     def _update(self, summary: GradientSummary, gradient_scale: float) -> None:
-        unused = {name for name, used in zip(self._names, summary.used, strict=True) if not used}
+        unused = frozenset(name for name, used in zip(self._names, summary.used, strict=True) if not used)
         updates = [self._shard_update(shard, gradient, unused) for shard, (_, gradient) in self._gradients()]
         gathers: list[Pending] = []
 
@@ -239,15 +244,9 @@ class ShardedOptimizer(DeepSpeedOptimizer):
     def _gradients(self) -> Iterable[tuple[FlatShard, tuple[Bucket, Tensor]]]:
         return zip(self.shards, self.reducer.gradients(), strict=True)
 
-    def _shard_update(self, shard: FlatShard, gradient: Tensor, unused: set[str]) -> ShardUpdate:
+    def _shard_update(self, shard: FlatShard, gradient: Tensor, unused: frozenset[str]) -> ShardUpdate:
         separate = self.flat.has_separate_master(shard.bucket)
-        untouched = tuple(f.slice_range for f in shard.fragments if f.spec.name in unused) if unused else ()
-        return ShardUpdate(
-            shard=shard,
-            gradient=gradient,
-            out=self.flat.own_slice(shard.bucket) if separate else None,
-            untouched=untouched,
-        )
+        return ShardUpdate(shard, gradient, self.flat.own_slice(shard.bucket) if separate else None, unused)
 
     def _report_non_finite(self) -> None:
         """Name the parameters whose reduced gradient is not finite in this rank's slices."""
