@@ -19,6 +19,7 @@ from ..zero.optimizer import ShardedOptimizer
 from ..zero.parameters import FlatParameters
 from ..zero.policy import ZeroPolicy
 from ..zero.reducer import GradientReducer, ReductionSettings, is_reduced
+from ..zero.unfreezing import FrozenParameters
 from .agreement import check_ranks_agree, describe
 from .precision import PrecisionPolicy, build_loss_scaler
 
@@ -143,6 +144,7 @@ def build_sharded_optimizer(
     shards = communicator.size if policy.shard_optimizer else 1
     size = config.zero_optimization.bucket_numel
     layout = build_layout(named, optimizer.param_groups, precision=precision, shards=shards, bucket_numel=size)
+    frozen = FrozenParameters(dict(module.named_parameters()), optimizer.param_groups, bucket_numel=size)
     flat = FlatParameters(layout, named, shard=communicator.rank if policy.shard_optimizer else 0)
     flat.move_in(communicator)
     moved = {id(p) for p in named.values()}
@@ -154,6 +156,7 @@ def build_sharded_optimizer(
         optimizer,
         flat,
         reducer,
+        frozen=frozen,
         scaler=build_loss_scaler(config),
         clip=config.gradient_clipping,
         overlap=settings.overlap,
@@ -200,11 +203,8 @@ def _inner_optimizer(module: nn.Module, request: OptimizerRequest, config: DeepS
         refuse_unsuited(made)
         return made
     assert config.optimizer is not None, "checked above"
-    trainable = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
-    if not any(group["params"] for group in trainable):
-        raise ValueError("the model has no trainable parameters: every parameter has requires_grad=False")
     kind = config.optimizer.type
-    return build_optimizer(kind, config.optimizer.params, split_parameter_groups(kind, trainable))
+    return build_optimizer(kind, config.optimizer.params, split_parameter_groups(kind, groups))
 
 
 def _broadcast_rest(module: nn.Module, moved: set[int], communicator: Communicator) -> None:

@@ -23,6 +23,7 @@ from ..checkpoint.values import decode
 from ..memory.layout import Fragment
 from ..optim.segments import FlatShard, cuts
 from ..zero.optimizer import ShardedOptimizer
+from ..zero.unfreezing import unfreeze
 from .checkpointing import client_name, untrained_tensors
 
 if TYPE_CHECKING:
@@ -81,21 +82,28 @@ def load_training_checkpoint(
         return None, None
     with ExitStack() as open_files:
 
-        def prepare() -> tuple[CheckpointReader, _Plan, dict[str, Any]]:
+        def open_reader() -> CheckpointReader:
             reader = open_files.enter_context(CheckpointReader(find_checkpoint(directory, found)))
+            _check_fit(engine, reader, request)
+            return reader
+
+        def prepare() -> tuple[_Plan, dict[str, Any]]:
             plan = _make_plan(engine, reader, request)
             reader.verify(plan.pieces())
-            return reader, plan, decode(reader.index["client_state"], lambda name: reader.verified(client_name(name)))
+            return plan, decode(reader.index["client_state"], lambda name: reader.verified(client_name(name)))
 
-        reader, plan, client_state = on_all_ranks(prepare, f"loading {directory / found}", communicator)
+        reader = on_all_ranks(open_reader, f"loading {directory / found}", communicator)
+        if engine.optimizer is not None and request.optimizer_states:
+            _unfreeze_as_saved(engine.optimizer, reader)
+        plan, client_state = on_all_ranks(prepare, f"loading {directory / found}", communicator)
         _install(engine, reader, plan, request)
     return str(directory / found), client_state
 
 
-def _make_plan(engine: DeepSpeedEngine, reader: CheckpointReader, request: LoadRequest) -> _Plan:
+def _check_fit(engine: DeepSpeedEngine, reader: CheckpointReader, request: LoadRequest) -> None:
+    """Raise CheckpointError where the checkpoint is of another model or optimizer."""
     optimizer = engine.optimizer
-    ours = untrained_tensors(engine)
-    shapes = {name: tuple(value.shape) for name, value in ours.items()}
+    shapes = {name: tuple(value.shape) for name, value in untrained_tensors(engine).items()}
     if optimizer is not None:
         shapes |= {name: tuple(p.shape) for name, p in optimizer.flat.parameters.items()}
     problems = _of_another_model(reader, shapes, request.strict)
@@ -103,6 +111,18 @@ def _make_plan(engine: DeepSpeedEngine, reader: CheckpointReader, request: LoadR
         problems += _of_another_optimizer(reader, optimizer)
     if problems:
         raise CheckpointError(f"{reader.path} does not fit: {'; '.join(problems[:8])}")
+
+
+def _unfreeze_as_saved(optimizer: ShardedOptimizer, reader: CheckpointReader) -> None:
+    """Give parameters that are frozen here a place for the optimizer states that they have in the checkpoint: they were
+    unfrozen when it was saved, and may be again."""
+    names = [name for name in optimizer.frozen.waiting if reader.kinds(name) > {WEIGHT}]
+    if names:
+        unfreeze(optimizer, names)
+
+
+def _make_plan(engine: DeepSpeedEngine, reader: CheckpointReader, request: LoadRequest) -> _Plan:
+    optimizer, ours = engine.optimizer, untrained_tensors(engine)
     plan = _Plan(numbers=_numbers(optimizer, reader) if optimizer is not None and request.optimizer_states else {})
     for shard in optimizer.shards if optimizer is not None else ():
         kinds = {WEIGHT}

@@ -135,6 +135,10 @@ class FlatLayout:
         """
         if shards < 1:
             raise ValueError(f"a layout needs at least one shard, got {shards}")
+        return FlatLayout((), shards).extended(parameters, bucket_numel=bucket_numel)
+
+    def extended(self, parameters: Iterable[ParameterSpec], *, bucket_numel: int) -> FlatLayout:
+        """This layout with further ``parameters`` in buckets of their own behind the others, which stay as they are."""
         filling: dict[tuple[int, str], list[Placement]] = {}
         closed: list[list[Placement]] = []
         for spec in reversed(list(parameters)):
@@ -147,7 +151,8 @@ class FlatLayout:
                 start = 0
             placements.append(Placement(spec, start))
         closed += filling.values()
-        return FlatLayout(tuple(_close(index, placements, shards) for index, placements in enumerate(closed)), shards)
+        further = (_close(index, placements, self.shards) for index, placements in enumerate(closed, len(self.buckets)))
+        return FlatLayout((*self.buckets, *further), self.shards)
 
     @cached_property
     def homes(self) -> Mapping[str, tuple[Bucket, Placement]]:

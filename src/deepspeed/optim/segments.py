@@ -65,9 +65,9 @@ class Segments:
 
     def __init__(self, optimizer: torch.optim.Optimizer, shards: Sequence[FlatShard]):
         self.optimizer = optimizer
-        self.shards = tuple(shards)
-        self._of = [[Segment(shard.tensor, shard, 0, shard.fragments)] for shard in shards]
-        self._fill_groups()
+        self.shards: tuple[FlatShard, ...] = ()
+        self._of: list[list[Segment]] = []
+        self.extend(shards)
 
     def __iter__(self) -> Iterator[Segment]:
         for segments in self._of:
@@ -80,6 +80,12 @@ class Segments:
     def holding(self, tensor: Tensor) -> Segment | None:
         """The segment that ``tensor``, a member of a parameter group, is; None where it is none."""
         return self._by_tensor.get(tensor)
+
+    def extend(self, shards: Sequence[FlatShard]) -> None:
+        """Hold the slices of further buckets too."""
+        self.shards = (*self.shards, *shards)
+        self._of += [[Segment(shard.tensor, shard, 0, shard.fragments)] for shard in shards]
+        self._fill_groups()
 
     def separate(self, shard: FlatShard, unused: Collection[str]) -> None:
         """Cut a slice where a parameter in ``unused`` meets one that is not, and its states likewise."""

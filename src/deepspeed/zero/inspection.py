@@ -27,13 +27,13 @@ from ..optim.segments import is_elementwise
 from .optimizer import ShardedOptimizer
 
 _OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""For each trained parameter a weak reference to its optimizer, and its name there."""
+"""For each such parameter a weak reference to its optimizer, and its name there."""
 
 
 def make_inspectable(optimizer: ShardedOptimizer) -> None:
-    """Let the functions of this module find ``optimizer`` by the parameters that it trains."""
+    """Let the functions of this module find ``optimizer`` by the parameters that it trains, or may train later."""
     reference = weakref.ref(optimizer)
-    for name, parameter in optimizer.flat.parameters.items():
+    for name, parameter in {**optimizer.flat.parameters, **optimizer.frozen.waiting}.items():
         _OWNERS[parameter] = reference, name
 
 
@@ -258,7 +258,7 @@ def _wide_copy(part: Tensor) -> Tensor:
 def _find(param: nn.Parameter) -> _Home | None:
     reference, name = _OWNERS.get(param, (None, ""))
     optimizer = reference() if reference is not None else None
-    if optimizer is None or not optimizer.shards:
+    if optimizer is None or not optimizer.shards or name not in optimizer.flat.layout.homes:
         return None
     bucket, placement = optimizer.flat.layout.homes[name]
     return _Home(optimizer, bucket, placement)

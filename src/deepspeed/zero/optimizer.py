@@ -2,7 +2,8 @@
 
 The step, in order:
 
-1. all ranks agree on the gradients' norm and on whether they are finite (:mod:`.summary`);
+1. all ranks agree on the gradients' norm and on whether they are finite (:mod:`.summary`), after late gradients and those
+   of parameters that were unfrozen (:mod:`.unfreezing`) are reduced too;
 2. a non-finite gradient skips the step and is reported, with the parameter; the loss scale adapts;
 3. unscaling and clipping become one factor, folded into the optimizer's own pass over memory;
 4. bucket by bucket: the inner optimizer steps the slice, and the bucket's all-gather starts while the next one steps.
@@ -30,6 +31,7 @@ from .parameters import FlatParameters
 from .policy import ZeroPolicy
 from .reducer import GradientReducer
 from .summary import GradientSummary, summarize
+from .unfreezing import FrozenParameters, unfreeze
 
 logger = logging.getLogger("DeepSpeed")
 
@@ -59,6 +61,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         flat: FlatParameters,
         reducer: GradientReducer,
         *,
+        frozen: FrozenParameters,
         scaler: LossScaler,
         clip: float,
         overlap: bool,
@@ -66,12 +69,12 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         self.optimizer = optimizer
         self.flat = flat
         self.reducer = reducer
+        self.frozen = frozen
         self.scaler = scaler
         self.clip = clip
         self.outcome: StepOutcome | None = None
         self._overlap = overlap
         self._steps = 0
-        self._names = tuple(flat.layout.homes)
         self.shards = tuple(FlatShard(flat.masters[bucket.index], bucket, flat.shard) for bucket in flat.layout.buckets)
         self._given = [group["params"] for group in optimizer.param_groups]
         self.segments = Segments(optimizer, self.shards)
@@ -146,6 +149,8 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         """
         if closure is not None:
             raise ValueError("a sharded optimizer steps on reduced gradients and cannot re-evaluate a closure")
+        if self.communicator.rank == 0:
+            self.frozen.warn_of_unoptimized()
         summary = self._agree()
         norm = summary.norm / self.scaler.scale
         self._steps += 1
@@ -160,6 +165,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
         self.reducer.clear()
+        self.frozen.forget_gradients()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the slices are laid out once, at ``initialize``."""
@@ -185,6 +191,11 @@ class ShardedOptimizer(DeepSpeedOptimizer):
                 f"this optimizer state is one of {theirs} slices, the engine has {ours}: use load_checkpoint, which reshapes"
             )
         # The first segment starts with the slice; a state dict from before there were segments has one for each slice.
+        if len(state_dict["fp32_flat_groups"]) != len(self.shards):
+            raise ValueError(
+                f"this optimizer state has {len(state_dict['fp32_flat_groups'])} buckets, the engine {len(self.shards)}: other "
+                "parameters were frozen at initialize or unfrozen since. Use load_checkpoint, which goes by their names."
+            )
         for shard, starts in zip(self.shards, state_dict.get("segments", [[0]] * len(self.shards)), strict=True):
             self.segments.recut(shard, starts[1:])
         self.optimizer.load_state_dict(state_dict["optimizer"])
@@ -207,8 +218,13 @@ class ShardedOptimizer(DeepSpeedOptimizer):
     def _agree(self) -> GradientSummary:
         self.reducer.ensure_reduced()
         summary = self._summarize()
-        if any(summary.late):
-            self.reducer.reduce_late(summary.late)
+        late = list(summary.late)
+        if summary.unfrozen:
+            everyone = self.communicator.gather_objects(self.frozen.unfrozen())
+            unfreeze(self, {name for names in everyone for name in names})
+            late += [True] * (len(self.shards) - len(late))
+        if any(late):
+            self.reducer.reduce_late(late)
             summary = self._summarize()
         return summary
 
@@ -216,7 +232,8 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         return summarize(
             (gradient for _, gradient in self.reducer.gradients()),
             late=self.reducer.late(),
-            used=[name in self.reducer.used for name in self._names],
+            used=[name in self.reducer.used for name in self.flat.layout.homes],
+            unfrozen=bool(self.frozen.unfrozen()),
             counts=self.policy.shard_optimizer or self.communicator.rank == 0,
             communicator=self.communicator,
             device=self.flat.masters[0].device,
@@ -227,7 +244,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         return min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
 
     def _update(self, summary: GradientSummary, gradient_scale: float) -> None:
-        unused = frozenset(name for name, used in zip(self._names, summary.used, strict=True) if not used)
+        unused = frozenset(name for name, used in zip(self.flat.layout.homes, summary.used, strict=True) if not used)
         updates = [self._shard_update(shard, gradient, unused) for shard, (_, gradient) in self._gradients()]
         gathers: list[Pending] = []
 

@@ -33,9 +33,9 @@ class FlatParameters:
         """Copy the parameters into their buckets' buffers, with rank 0's values on every rank, and make them views.
 
         Masters keep the precision that the parameters came with, also where the model's dtype is narrower. One bucket
-        in fp32 is the extra memory.
+        in fp32 is the extra memory. Buckets that are there already stay as they are.
         """
-        for bucket in self.layout.buckets:
+        for bucket in self.layout.buckets[len(self.buffers) :]:
             device = self.parameters[bucket.placements[0].spec.name].device
             dtype: torch.dtype = getattr(torch, bucket.dtype)
             whole = torch.zeros(bucket.numel, dtype=_master_dtype(dtype), device=device)
@@ -49,6 +49,12 @@ class FlatParameters:
             for placement in bucket.placements:
                 view = self.view(bucket, placement).view(placement.spec.shape)
                 self.parameters[placement.spec.name].data = view
+
+    def extend(self, layout: FlatLayout, parameters: Mapping[str, nn.Parameter], communicator: Communicator) -> None:
+        """Follow ``layout``, which has ``parameters`` in further buckets, and move these in."""
+        self.layout = layout
+        self.parameters = {**self.parameters, **parameters}
+        self.move_in(communicator)
 
     def own_slice(self, bucket: Bucket) -> Tensor:
         """This shard's slice of the bucket's buffer, in the model's dtype."""
