@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -108,6 +109,12 @@ class CheckpointReader:
     def read_part(self, part: Part) -> Tensor:
         """The elements of a part, 1-D."""
         return self.read(part.piece).reshape(-1)[part.start : part.start + part.numel]
+
+    def whole(self, name: str) -> Tensor:
+        """The weight ``name``, in its shape."""
+        shape = self.shapes[name]
+        parts = [self.read_part(part) for part in self.parts(WEIGHT, name, 0, prod(shape))]
+        return (torch.cat(parts) if parts else torch.empty(0)).view(shape)
 
     def _open(self) -> None:
         for rank in range(self.index["ranks"]):

@@ -54,7 +54,8 @@ def save_training_checkpoint(
         shapes = {name: list(value.shape) for name, value in others.items()}
         if engine.optimizer is not None:
             shapes |= {name: list(p.shape) for name, p in engine.optimizer.flat.parameters.items()}
-        return tensors, {**_small_states(engine), "client_state": encoded, "shapes": shapes, "left_out": sorted(left_out)}
+        names = {"shapes": shapes, "tied": _tied_names(engine), "left_out": sorted(left_out)}
+        return tensors, {**_small_states(engine), "client_state": encoded, **names}
 
     tensors, index = on_all_ranks(compose, f"saving {directory / tag}", communicator)
     if engine.optimizer is not None:
@@ -90,6 +91,14 @@ def untrained_tensors(engine: DeepSpeedEngine) -> dict[str, Tensor]:
             seen.add(id(value))
             found[name] = value.detach()
     return found
+
+
+def _tied_names(engine: DeepSpeedEngine) -> dict[str, str]:
+    """The other names of the module's tensors, each with the one under which the tensor is stored."""
+    trained = engine.optimizer.flat.parameters if engine.optimizer is not None else {}
+    first = {id(p): name for name, p in trained.items()}
+    tensors = {n: v for n, v in engine.module.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+    return {name: first[id(value)] for name, value in tensors.items() if first.setdefault(id(value), name) != name}
 
 
 def client_name(name: str) -> str:

@@ -246,11 +246,15 @@ class DeepSpeedEngine(EngineInformation):
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
+        custom_load_fn: Callable[..., object] | None = None,
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Load the checkpoint ``tag`` (the one that ``latest`` names where None), saved at any world size and stage.
 
         Returns its path and the client state, or ``(None, None)`` where ``load_dir`` has no checkpoint. A damaged
         one raises, and leaves the engine as it was. ``load_module_only`` leaves the counters as they are, too.
+        ``custom_load_fn(src=state_dict, dst=module)`` loads the weights in place of the engine: ``src`` is the module's
+        whole state dict on CPU (trained parameters in fp32), whatever this module's names and shapes are; the function
+        writes into ``dst`` on every rank, and the fp32 masters follow. Optimizer states go by the parameters' names.
         """
         loaded = load_training_checkpoint(
             self,
@@ -261,6 +265,7 @@ class DeepSpeedEngine(EngineInformation):
                 optimizer_states=load_optimizer_states and not load_module_only,
                 scheduler_states=load_lr_scheduler_states and not load_module_only,
                 counters=not load_module_only,
+                load_module=custom_load_fn,
             ),
         )
         self._accumulation.start_over()

@@ -8,9 +8,11 @@ size, stage and bucket size may differ from those at saving: a slice asks for it
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +36,14 @@ logger = logging.getLogger("DeepSpeed")
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """Which states to load. ``strict`` asks for the same tensors in the checkpoint and in the model."""
+    """Which states to load. ``strict`` asks for the same tensors in the checkpoint and in the model. ``load_module``
+    called with ``src``, the module's state dict in the checkpoint, and ``dst``, the module, loads the weights where given."""
 
     strict: bool = True
     optimizer_states: bool = True
     scheduler_states: bool = True
     counters: bool = True
+    load_module: Callable[..., object] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class _Fill:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to read: for each slice of the optimizer and kind of state, and for each other tensor of the module.
-    ``numbers`` are the optimizer states that are numbers, by parameter."""
+    """What to read: for each slice of the optimizer and kind of state, and for each other tensor of the module (for all
+    of them where the user loads these). ``numbers`` are the optimizer states that are numbers, by parameter."""
 
     slices: list[dict[str, list[_Fill]]] = field(default_factory=list)
     numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -106,7 +110,12 @@ def _check_fit(engine: DeepSpeedEngine, reader: CheckpointReader, request: LoadR
     shapes = {name: tuple(value.shape) for name, value in untrained_tensors(engine).items()}
     if optimizer is not None:
         shapes |= {name: tuple(p.shape) for name, p in optimizer.flat.parameters.items()}
-    problems = _of_another_model(reader, shapes, request.strict)
+    if request.load_module is None:
+        problems = _of_another_model(reader, shapes, request.strict)
+    else:
+        # The user knows what becomes of the weights; optimizer states go by name and shape.
+        stated = [name for name in shapes if request.optimizer_states and reader.kinds(name) > {WEIGHT}]
+        problems = _of_another_model(reader, {name: shapes[name] for name in stated}, strict=False)
     if optimizer is not None and request.optimizer_states:
         problems += _of_another_optimizer(reader, optimizer)
     if problems:
@@ -125,12 +134,12 @@ def _make_plan(engine: DeepSpeedEngine, reader: CheckpointReader, request: LoadR
     optimizer, ours = engine.optimizer, untrained_tensors(engine)
     plan = _Plan(numbers=_numbers(optimizer, reader) if optimizer is not None and request.optimizer_states else {})
     for shard in optimizer.shards if optimizer is not None else ():
-        kinds = {WEIGHT}
+        kinds = {WEIGHT} if request.load_module is None else set()
         if request.optimizer_states:
-            kinds = kinds.union(*(reader.kinds(fragment.spec.name) for fragment in shard.fragments))
+            kinds = kinds.union(*(reader.kinds(f.spec.name) - {WEIGHT} for f in shard.fragments))
         plan.slices.append({kind: _fills(reader, kind, shard) for kind in sorted(kinds)})
-    for name in ours.keys() & reader.shapes.keys():
-        plan.tensors[name] = [_Fill(0, tuple(reader.parts(WEIGHT, name, 0, ours[name].numel())))]
+    for name in reader.shapes.keys() & ours.keys() if request.load_module is None else reader.shapes:
+        plan.tensors[name] = [_Fill(0, tuple(reader.parts(WEIGHT, name, 0, prod(reader.shapes[name]))))]
     return plan
 
 
@@ -180,31 +189,63 @@ def _install(engine: DeepSpeedEngine, reader: CheckpointReader, plan: _Plan, req
     optimizer, index = engine.optimizer, reader.index
     if optimizer is not None:
         optimizer.zero_grad()
+    if request.load_module is not None:
+        _load_module(engine, reader, request.load_module)
+    else:
+        _install_weights(engine, reader, plan)
+    if optimizer is not None and request.optimizer_states:
         for shard, kinds in zip(optimizer.shards, plan.slices, strict=True):
-            _fill(shard.tensor, kinds.pop(WEIGHT), reader)
-            if request.optimizer_states:
-                _install_state(optimizer, shard, kinds, plan.numbers, reader)
-        if request.optimizer_states:
-            _install_options(optimizer, index["optimizer"])
+            _install_state(optimizer, shard, kinds, plan.numbers, reader)
+        _install_options(optimizer, index["optimizer"])
+    if optimizer is not None:
         optimizer.flat.parameters_from_masters(optimizer.communicator, sharded=optimizer.policy.shard_optimizer)
+    if request.counters:
+        for name, value in index["counters"].items():
+            setattr(engine.counters, name, value)
+    if request.scheduler_states and index["scheduler"] is not None:
+        _install_schedule(engine.lr_scheduler, index["scheduler"])
+
+
+def _install_schedule(scheduler: Any, saved: dict[str, Any]) -> None:
+    if not hasattr(scheduler, "load_state_dict"):
+        return
+    if saved["type"] == type(scheduler).__name__:
+        scheduler.load_state_dict(saved["state"])
+    else:
+        logger.warning(
+            "the schedule is not loaded: the checkpoint's is %s, this engine's %s", saved["type"], type(scheduler).__name__
+        )
+
+
+def _install_weights(engine: DeepSpeedEngine, reader: CheckpointReader, plan: _Plan) -> None:
+    for shard, kinds in zip(engine.optimizer.shards if engine.optimizer is not None else (), plan.slices, strict=True):
+        _fill(shard.tensor, kinds[WEIGHT], reader)
     for name, tensor in untrained_tensors(engine).items():
         if name in plan.tensors:
             whole = torch.empty(tensor.numel(), dtype=tensor.dtype)
             _fill(whole, plan.tensors[name], reader)
             tensor.copy_(whole.view(tensor.shape))
-    if request.counters:
-        for name, value in index["counters"].items():
-            setattr(engine.counters, name, value)
-    scheduler = engine.lr_scheduler
-    if request.scheduler_states and hasattr(scheduler, "load_state_dict") and index["scheduler"] is not None:
-        if index["scheduler"]["type"] == type(scheduler).__name__:
-            scheduler.load_state_dict(index["scheduler"]["state"])
-        else:
-            logger.warning(
-                "the schedule is not loaded: the checkpoint's is %s, this engine's %s",
-                index["scheduler"]["type"],
-                type(scheduler).__name__,
-            )
+
+
+def _load_module(engine: DeepSpeedEngine, reader: CheckpointReader, load: Callable[..., object]) -> None:
+    """Let the user's function load the weights. The masters take over what it wrote, in fp32."""
+    module, optimizer, communicator = engine.module, engine.optimizer, engine.communicator
+    state = OrderedDict((name, reader.whole(name)) for name in reader.shapes)
+    state.update((name, state[stored]) for name, stored in reader.index.get("tied", {}).items() if stored in state)
+    if optimizer is None:
+        on_all_ranks(lambda: load(src=state, dst=module), "custom_load_fn", communicator)
+        return
+    flat = optimizer.flat
+
+    def checked() -> None:
+        load(src=state, dst=module)
+        now = dict(module.named_parameters())
+        for name, (_, placement) in flat.layout.homes.items():
+            if now.get(name) is not flat.parameters[name] or tuple(now[name].shape) != placement.spec.shape:
+                raise CheckpointError(f"custom_load_fn replaced or reshaped the parameter {name}: write into it instead")
+
+    with flat.detached(communicator, sharded=optimizer.policy.shard_optimizer):
+        on_all_ranks(checked, "custom_load_fn", communicator)
 
 
 def _fill(target: Tensor, fills: list[_Fill], reader: CheckpointReader) -> None:
@@ -223,9 +264,9 @@ def _install_state(
     reader: CheckpointReader,
 ) -> None:
     """Give a slice its states, cut where parameters had different ones."""
-    flats = {kind: torch.zeros_like(shard.tensor) for kind in kinds}
-    for kind, fills in kinds.items():
-        _fill(flats[kind], fills, reader)
+    flats = {kind: torch.zeros_like(shard.tensor) for kind in kinds if kind != WEIGHT}
+    for kind, flat in flats.items():
+        _fill(flat, kinds[kind], reader)
 
     def states(fragment: Fragment) -> tuple[dict[str, Any], list[str]]:
         name = fragment.spec.name

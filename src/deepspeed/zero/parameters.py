@@ -6,7 +6,8 @@ copies. Where the optimizer works on another dtype than the model, a *master* co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +47,7 @@ class FlatParameters:
             own = whole[bucket.slice_range(self.shard)]
             self.masters.append(own.clone() if dtype != whole.dtype else own)
             self.buffers.append(whole.to(dtype))
-            for placement in bucket.placements:
-                view = self.view(bucket, placement).view(placement.spec.shape)
-                self.parameters[placement.spec.name].data = view
+        self._make_views()
 
     def extend(self, layout: FlatLayout, parameters: Mapping[str, nn.Parameter], communicator: Communicator) -> None:
         """Follow ``layout``, which has ``parameters`` in further buckets, and move these in."""
@@ -68,6 +67,32 @@ class FlatParameters:
         """The 1-D part of the bucket's buffer that holds a parameter."""
         return self.buffers[bucket.index][placement.start : placement.stop]
 
+    @contextmanager
+    def detached(self, communicator: Communicator, *, sharded: bool) -> Iterator[None]:
+        """Within, each parameter is a tensor of its own with its fp32 value, to be written or replaced (``.data``) at will.
+        Afterwards it is a view of its bucket again and the masters have what was written; where the body raises, they stay
+        as they were. ``parameters_from_masters`` then gives the values to the model. Costs the whole model in fp32.
+        """
+        wholes = []
+        for bucket, master in zip(self.layout.buckets, self.masters, strict=True):
+            whole = master.new_zeros(bucket.numel)
+            whole[bucket.slice_range(self.shard)] = master
+            if sharded:
+                communicator.all_gather(whole).wait()
+            wholes.append(whole)
+            for placement in bucket.placements:
+                value = whole[placement.start : placement.stop].view(placement.spec.shape)
+                self.parameters[placement.spec.name].data = value
+        try:
+            yield
+            for bucket, whole in zip(self.layout.buckets, wholes, strict=True):
+                for placement in bucket.placements:
+                    value = self.parameters[placement.spec.name].detach()
+                    whole[placement.start : placement.stop].view(placement.spec.shape).copy_(value)
+                self.masters[bucket.index].copy_(whole[bucket.slice_range(self.shard)])
+        finally:
+            self._make_views()
+
     def masters_from_parameters(self) -> None:
         """Overwrite the separate masters with the model's present values, as after the module's own
         ``load_state_dict``."""
@@ -82,6 +107,12 @@ class FlatParameters:
                 self.own_slice(bucket).copy_(self.masters[bucket.index])
             if sharded:
                 communicator.all_gather(self.buffers[bucket.index]).wait()
+
+    def _make_views(self) -> None:
+        for bucket in self.layout.buckets:
+            for placement in bucket.placements:
+                view = self.view(bucket, placement).view(placement.spec.shape)
+                self.parameters[placement.spec.name].data = view
 
 
 def _master_dtype(dtype: torch.dtype) -> torch.dtype:
