@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 
 import pytest
@@ -245,7 +246,11 @@ def compiled(training: Training, stage: int, backend: str) -> dict[str, Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+NO_COMPILER = "inductor writes C++ and finds no compiler: install g++ or clang++"
+INDUCTOR = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason=NO_COMPILER)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=INDUCTOR)])
 def test_a_compiled_model(ranks, backend):
     training = Training(perceptron, squared_output)
     expected = train_plain(training, 2)
