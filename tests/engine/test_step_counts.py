@@ -136,8 +136,9 @@ def test_checkpoints_hold_each_parameters_count_at_any_world_size_and_stage(rank
 
 
 def write_as_before(path: Path) -> None:
-    """The index as it was when each parameter group had one step number."""
+    """The index as it was when each parameter group had one step number, and the index no checksum."""
     index = json.loads((path / "index.json").read_text())
+    index.pop("checksum")
     parameters = index["optimizer"].pop("parameters")
     index["optimizer"]["numbers"] = [parameters[0]["numbers"]]
     (path / "index.json").write_text(json.dumps(index))

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .directory import FORMAT, INDEX, VERSION, CheckpointError, checksum, file_name
+from .directory import CHECKSUM, FORMAT, INDEX, VERSION, CheckpointError, checksum, file_name, index_checksum
 
 WEIGHT = "weight"
 
@@ -127,6 +127,8 @@ class CheckpointReader:
                 self._files[piece] = content
                 kind, _, label = piece.partition("/")
                 name, _, start = label.rpartition("@")
+                if not start.isdecimal():
+                    raise CheckpointError(f"{file} is damaged: it has a tensor {piece!r}, which names no elements")
                 self._pieces[kind, name].append((int(start), piece))
                 self._kinds[name].add(kind)
         for pieces in self._pieces.values():
@@ -145,4 +147,7 @@ class CheckpointReader:
             raise CheckpointError(f"{file} is damaged ({error}): this is not a whole checkpoint") from error
         if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") != VERSION:
             raise CheckpointError(f"{file} is not the index of a {FORMAT} checkpoint of version {VERSION}")
+        # Checkpoints from before the index had a checksum have none.
+        if index.get(CHECKSUM, index_checksum(index)) != index_checksum(index):
+            raise CheckpointError(f"{file} is damaged: its checksum is not that of its content")
         return index
