@@ -45,7 +45,8 @@ def initialize(
 
     The configuration is ``config`` (or ``config_params``, or ``args.deepspeed_config``): a path, dictionary, JSON
     string or base64 of one. ``optimizer`` is a torch optimizer or a callable that makes one from parameters; without
-    it the configuration's is built over ``model_parameters`` (all trainable ones where None). ``lr_scheduler`` is a
+    it the configuration's is built over ``model_parameters`` (all of the model's where None; frozen ones are trained from
+    when they are unfrozen). ``lr_scheduler`` is a
     scheduler or a callable that makes one from the optimizer. Called on every rank, with the same model.
     """
     if model is None:

@@ -118,7 +118,14 @@ def flip_a_bit(path: Path) -> None:
 
 def forget_a_rank(path: Path) -> None:
     index = json.loads((path / "index.json").read_text())
+    index.pop("checksum")
     (path / "index.json").write_text(json.dumps({**index, "ranks": 1}))
+
+
+def change_the_index(path: Path) -> None:
+    index = json.loads((path / "index.json").read_text())
+    index["counters"]["global_steps"] += 1
+    (path / "index.json").write_text(json.dumps(index))
 
 
 def make_foreign(path: Path) -> None:
@@ -142,6 +149,7 @@ WIDER = Training(wider, squared_output, config=ADAM)
         (remove_a_file, TRAINING, "rank_00001.safetensors is missing or damaged"),
         (flip_a_bit, TRAINING, "the checksum of"),
         (forget_a_rank, TRAINING, "it lacks the elements"),
+        (change_the_index, TRAINING, "index.json is damaged: its checksum is not that of its content"),
         (make_foreign, TRAINING, "holds mp_rank_00_model_states.pt"),
         (leave_alone, WIDER, "first.weight has shape (12, 12) there and (13, 12) here"),
         (leave_alone, SGD, "its optimizer is Adam and this engine's SGD"),

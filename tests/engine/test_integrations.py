@@ -94,7 +94,7 @@ def test_the_optimizer_has_what_integrations_read(ranks):
         "scheduled": ([0.05], [0.05]),
         "partitions": True,
         "model": torch.bfloat16,
-        "state": ["fp32_flat_groups", "optimizer", "partition_count", "scaler", "zero_stage"],
+        "state": ["fp32_flat_groups", "optimizer", "partition_count", "scaler", "segments", "zero_stage"],
         "name": "SGD",
     }
 

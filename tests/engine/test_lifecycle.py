@@ -18,6 +18,8 @@ from tests.parity import Training, assert_close, generator, make_engine, state_o
 
 WIDTH = 12
 
+BF16 = {"bf16": {"enabled": True}}
+
 
 def perceptron() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, 21), nn.Tanh(), nn.Linear(21, 1))
@@ -78,7 +80,7 @@ def cycles(stage: int, config: dict[str, object]) -> tuple[dict[str, int], dict[
     return first, resources(model)
 
 
-@pytest.mark.parametrize(("stage", "config"), [(0, {}), (1, {"bf16": {"enabled": True}}), (2, {}), (3, {}), (3, {"bf16": {"enabled": True}})])
+@pytest.mark.parametrize(("stage", "config"), [(0, {}), (1, BF16), (2, {}), (3, {}), (3, BF16)])
 def test_ten_engines_leave_nothing_behind(ranks, stage, config):
     for first, last in ranks(2, cycles, stage, config):
         for name in ("tensor bytes", "groups", "python threads"):

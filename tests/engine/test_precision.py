@@ -112,8 +112,8 @@ def train_without_synchronization(stage: int, also_on_rank_one: bool) -> list[Te
     return masters_of(engine)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("also_on_rank_one", [True, False])
+# At stage 3 all ranks must run the same number of forwards.
+@pytest.mark.parametrize(("stage", "also_on_rank_one"), [(s, o) for s in (0, 1, 2) for o in (True, False)] + [(3, True)])
 def test_without_synchronization_gradients_accumulate_in_fp32_where_the_configuration_says_so(ranks, stage, also_on_rank_one):
     micros = range(32) if also_on_rank_one else [*range(0, 30, 2), 30, 31]
     expected = with_masters(torch.bfloat16, [micros], 32)

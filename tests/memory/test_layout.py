@@ -80,3 +80,16 @@ def test_a_bucket_comes_when_its_last_parameter_does():
 def test_a_layout_for_no_shards_is_refused():
     with pytest.raises(ValueError, match="at least one shard, got 0"):
         FlatLayout.build([], shards=0, bucket_numel=1)
+
+
+def test_an_extended_layout_leaves_the_buckets_that_there_are_in_place():
+    specs = [ParameterSpec(f"p{i}", (50 + i,), "float32" if i % 3 else "bfloat16", group=i % 2) for i in range(8)]
+    layout = FlatLayout.build(specs[:5], shards=3, bucket_numel=120)
+    extended = layout.extended(specs[5:], bucket_numel=120)
+    assert extended.buckets[: len(layout.buckets)] == layout.buckets
+    assert [bucket.index for bucket in extended.buckets] == list(range(len(extended.buckets)))
+    assert extended.homes.keys() == {spec.name for spec in specs}
+    alone = FlatLayout.build(specs[5:], shards=3, bucket_numel=120)
+    assert [(b.group, b.dtype, b.placements, b.numel) for b in extended.buckets[len(layout.buckets) :]] == [
+        (b.group, b.dtype, b.placements, b.numel) for b in alone.buckets
+    ]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepspeed.memory.layout import FlatLayout, ParameterSpec
-from deepspeed.optim import Adam, FlatShard, Lion, ShardUpdate, build_optimizer, has_stepped, make_stepper
+from deepspeed.optim import Adam, FlatShard, Lion, Segments, ShardUpdate, build_optimizer, has_stepped, make_stepper
 
 ALONE: Any = SimpleNamespace(rank=0, size=1)
 KINDS = {
@@ -27,6 +28,7 @@ KINDS = {
     "ASGD": {},
     "Rprop": {},
 }
+ALL_USED: Mapping[int, Collection[str]] = {}
 
 
 def laid_out(shapes: list[tuple[int, ...]], shards: int, bucket_numel: int = 100) -> FlatLayout:
@@ -48,14 +50,19 @@ def random_values(layout: FlatLayout, seed: int) -> dict[str, Tensor]:
 
 
 def sharded_steps(
-    kind: str, layout: FlatLayout, steps: int, *, gradient_scale: float = 1.0, unused: str | None = None
+    kind: str,
+    layout: FlatLayout,
+    steps: int,
+    *,
+    gradient_scale: float = 1.0,
+    unused: Mapping[int, Collection[str]] = ALL_USED,
 ) -> dict[str, Tensor]:
-    """Parameters after ``steps`` steps of every shard in turn; ``unused`` gets no gradient in the first."""
+    """Parameters after ``steps`` steps of every shard in turn; ``unused`` are those without a gradient, by step."""
     buffers = flattened(layout, random_values(layout, 0))
     for shard in range(layout.shards):
         shards = [FlatShard(buffers[b.index][b.slice_range(shard)], b, shard) for b in layout.buckets]
         optimizer = build_optimizer(kind, KINDS[kind], [{"params": [s.tensor for s in shards]}])
-        stepper = make_stepper(optimizer, shards, ALONE)
+        stepper = make_stepper(Segments(optimizer, shards), ALONE)
         for step in range(steps):
             gradients = flattened(layout, random_values(layout, 100 + step))
             updates = [
@@ -63,7 +70,7 @@ def sharded_steps(
                     s,
                     gradients[s.bucket.index][s.bucket.slice_range(shard)] / gradient_scale,
                     None,
-                    tuple(f.slice_range for f in s.fragments if f.spec.name == unused and step == 0),
+                    unused.get(step, ()),
                 )
                 for s in shards
             ]
@@ -76,12 +83,14 @@ def sharded_steps(
     }
 
 
-def plain_steps(kind: str, layout: FlatLayout, steps: int) -> dict[str, Tensor]:
+def plain_steps(
+    kind: str, layout: FlatLayout, steps: int, unused: Mapping[int, Collection[str]] = ALL_USED
+) -> dict[str, Tensor]:
     parameters = random_values(layout, 0)
     optimizer = build_optimizer(kind, KINDS[kind], [{"params": list(parameters.values())}])
     for step in range(steps):
         for name, gradient in random_values(layout, 100 + step).items():
-            parameters[name].grad = gradient
+            parameters[name].grad = None if name in unused.get(step, ()) else gradient
         optimizer.step()
     return parameters
 
@@ -116,13 +125,44 @@ def test_the_gradient_factor_is_folded_in(kind):
         torch.testing.assert_close(value, expected[name])
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "Lion", "SGD", "Adagrad"])
-def test_a_parameter_without_gradient_is_left_alone_with_its_states(kind):
-    layout = laid_out([(7, 5), (40,), (20,)], 2)
-    before = random_values(layout, 0)
-    after = sharded_steps(kind, layout, 1, unused="p1")
-    assert torch.equal(after["p1"], before["p1"])
-    assert not torch.equal(after["p0"], before["p0"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_each_parameter_takes_the_steps_in_which_it_has_a_gradient(kind, shards):
+    layout = laid_out([(7, 5), (40,), (0,), (20,), (3, 9)], shards)
+    unused = {0: {"p1"}, 1: {"p1", "p3"}, 3: {"p0", "p4"}, 4: {"p0", "p1", "p2", "p3", "p4"}}
+    expected = plain_steps(kind, layout, 6, unused)
+    for name, value in sharded_steps(kind, layout, 6, unused=unused).items():
+        torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.integers(0, 90).map(lambda n: (n,)), min_size=1, max_size=6),
+    st.integers(1, 3),
+    st.dictionaries(st.integers(0, 3), st.sets(st.sampled_from(["p0", "p1", "p2", "p3", "p4", "p5"]))),
+    st.sampled_from(["AdamW", "SGD", "NAdam"]),
+)
+def test_any_layout_counts_steps_by_parameter(shapes, shards, unused, kind):
+    layout = laid_out(shapes, shards)
+    expected = plain_steps(kind, layout, 4, unused)
+    for name, value in sharded_steps(kind, layout, 4, unused=unused).items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_a_slice_is_stepped_as_one_until_its_parameters_take_different_steps():
+    layout = laid_out([(40,), (20,), (30,)], 1, bucket_numel=200)
+    shard = FlatShard(torch.zeros(layout.numel), layout.buckets[0], 0)
+    optimizer = Adam([shard.tensor])
+    segments = Segments(optimizer, [shard])
+    stepper = make_stepper(segments, ALONE)
+    seen = []
+    for unused in ((), {"p0", "p1", "p2"}, {"p1"}, (), {"p1"}):
+        update = ShardUpdate(shard, torch.ones(layout.numel), None, unused)
+        stepper.step([update], gradient_scale=1.0, finished=lambda shard: None)
+        seen.append([float(optimizer.state[tensor]["step"]) for tensor in optimizer.param_groups[0]["params"]])
+    assert seen == [[1], [1], [2, 1, 2], [3, 2, 3], [4, 2, 4]]
+    storages = {optimizer.state[segment.tensor]["exp_avg"].untyped_storage().data_ptr() for segment in segments}
+    assert len(storages) == 1, "a cut copies no states"
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "Lion", "SGD"])
@@ -133,7 +173,7 @@ def test_16_bit_parameters_receive_the_rounded_masters(kind, dtype):
     optimizer = build_optimizer(kind, KINDS[kind], [{"params": [shard.tensor]}])
     out = torch.zeros(64, dtype=dtype)
     update = ShardUpdate(shard, torch.randn(64).to(dtype), out)
-    make_stepper(optimizer, [shard], ALONE).step([update], gradient_scale=0.5, finished=lambda shard: None)
+    make_stepper(Segments(optimizer, [shard]), ALONE).step([update], gradient_scale=0.5, finished=lambda shard: None)
     assert torch.equal(out, shard.tensor.to(dtype))
     assert shard.tensor.grad is None
 
@@ -150,7 +190,7 @@ def test_an_optimizer_that_cannot_be_sharded_is_refused_by_name(make):
     tensor = torch.zeros(32)
     optimizer = make(tensor)
     with pytest.raises(ValueError, match=type(optimizer).__name__):
-        make_stepper(optimizer, [FlatShard(tensor, laid_out([(32,)], 1).buckets[0], 0)], ALONE)
+        make_stepper(Segments(optimizer, [FlatShard(tensor, laid_out([(32,)], 1).buckets[0], 0)]), ALONE)
 
 
 def test_an_optimizer_whose_closure_is_required_is_refused():
@@ -160,7 +200,7 @@ def test_an_optimizer_whose_closure_is_required_is_refused():
 
     tensor = torch.zeros(32)
     with pytest.raises(ValueError, match="closure"):
-        make_stepper(NeedsClosure([tensor]), [FlatShard(tensor, laid_out([(32,)], 1).buckets[0], 0)], ALONE)
+        make_stepper(Segments(NeedsClosure([tensor]), [FlatShard(tensor, laid_out([(32,)], 1).buckets[0], 0)]), ALONE)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

@@ -8,10 +8,13 @@ from torch import Tensor
 
 from deepspeed.comm.communicator import Communicator
 from deepspeed.memory.layout import FlatLayout, ParameterSpec
-from deepspeed.optim import FlatShard, Lamb, Muon, ShardUpdate, build_optimizer, make_stepper, split_parameter_groups
+from deepspeed.optim import FlatShard, Lamb, Muon, Segments, ShardUpdate, build_optimizer, make_stepper, split_parameter_groups
 from deepspeed.optim.muon import orthogonalize
 
 SHAPES = {"matrix": (13, 9), "bias": (9,), "wide": (6, 21), "zero": (5,), "scalar": ()}
+STEPS = 4
+UNUSED = {0: {"wide"}, 2: {"matrix", "bias"}, 3: {"wide", "zero"}}
+"""The parameters without a gradient, by step, in the trainings where some have none."""
 
 
 def values(seed: int) -> dict[str, Tensor]:
@@ -20,18 +23,18 @@ def values(seed: int) -> dict[str, Tensor]:
     return drawn if seed else {**drawn, "zero": torch.zeros(5)}
 
 
-def plain(kind: str, params: dict[str, object]) -> dict[str, Tensor]:
+def plain(kind: str, params: dict[str, object], in_some_steps: bool) -> dict[str, Tensor]:
     parameters = values(0)
     groups = split_parameter_groups(kind, [{"params": list(parameters.values())}])
     optimizer = build_optimizer(kind, params, groups)
-    for step in range(3):
+    for step in range(STEPS):
         for name, gradient in values(1 + step).items():
-            parameters[name].grad = gradient
+            parameters[name].grad = None if in_some_steps and name in UNUSED.get(step, ()) else gradient
         optimizer.step()
     return parameters
 
 
-def on_slices(kind: str, params: dict[str, object]) -> dict[str, Tensor]:
+def on_slices(kind: str, params: dict[str, object], in_some_steps: bool) -> dict[str, Tensor]:
     communicator = Communicator()
     parameters = values(0)
     groups = split_parameter_groups(kind, [{"params": list(parameters.values())}])
@@ -49,12 +52,11 @@ def on_slices(kind: str, params: dict[str, object]) -> dict[str, Tensor]:
     wholes = buffers(parameters)
     own = [bucket.slice_range(communicator.rank) for bucket in layout.buckets]
     shards = [FlatShard(wholes[b.index][own[b.index]], b, communicator.rank) for b in layout.buckets]
-    for index, group in enumerate(optimizer.param_groups):
-        group["params"] = [shard.tensor for shard in shards if shard.bucket.group == index]
-    stepper = make_stepper(optimizer, shards, communicator)
-    for step in range(3):
+    stepper = make_stepper(Segments(optimizer, shards), communicator)
+    for step in range(STEPS):
         gradients = buffers(values(1 + step))
-        updates = [ShardUpdate(s, 4 * gradients[s.bucket.index][own[s.bucket.index]], None) for s in shards]
+        unused = UNUSED.get(step, ()) if in_some_steps else ()
+        updates = [ShardUpdate(s, 4 * gradients[s.bucket.index][own[s.bucket.index]], None, unused) for s in shards]
         stepper.step(updates, gradient_scale=0.25, finished=lambda shard: None)
     for whole in wholes:
         communicator.all_gather(whole).wait()
@@ -64,6 +66,7 @@ def on_slices(kind: str, params: dict[str, object]) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("in_some_steps", [False, True], ids=["used in each step", "used in some steps"])
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize(
     ("kind", "params"),
@@ -74,9 +77,9 @@ def on_slices(kind: str, params: dict[str, object]) -> dict[str, Tensor]:
         ("Muon", {"muon_lr": 0.05, "momentum": 0.8, "nesterov": False, "ns_steps": 3}),
     ],
 )
-def test_slices_step_to_the_values_of_whole_parameters(ranks, size, kind, params):
-    expected = plain(kind, params)
-    for result in ranks(size, on_slices, kind, params):
+def test_slices_step_to_the_values_of_whole_parameters(ranks, size, kind, params, in_some_steps):
+    expected = plain(kind, params, in_some_steps)
+    for result in ranks(size, on_slices, kind, params, in_some_steps):
         for name, value in result.items():
             torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 

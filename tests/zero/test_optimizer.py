@@ -11,6 +11,7 @@ from deepspeed.zero.optimizer import ShardedOptimizer
 from deepspeed.zero.parameters import FlatParameters
 from deepspeed.zero.policy import ZeroPolicy
 from deepspeed.zero.reducer import GradientReducer, ReductionSettings
+from deepspeed.zero.unfreezing import FrozenParameters
 
 STEPS = 4
 
@@ -59,7 +60,8 @@ def shard(
         pass
     reduction = ReductionSettings(divide_before=communicator.size, **settings)
     reducer = GradientReducer(layout, named, policy=policy, communicator=communicator, settings=reduction)
-    return ShardedOptimizer(optimizer, flat, reducer, scaler=scaler or NoLossScaler(), clip=clip, overlap=True)
+    frozen = FrozenParameters(named, optimizer.param_groups, bucket_numel=64)
+    return ShardedOptimizer(optimizer, flat, reducer, frozen=frozen, scaler=scaler or NoLossScaler(), clip=clip, overlap=True)
 
 
 def train_sharded(stage: int, accumulation: int, clip: float) -> dict[str, object]:

@@ -1,9 +1,9 @@
 """A checkpoint directory that appears whole or not at all.
 
 Each rank writes ``rank_<r>.safetensors`` into a temporary directory, with a checksum of each tensor; rank 0 adds
-``index.json``, renames the directory to the tag, and writes ``latest`` last. A save that is killed at any moment leaves
-the previous checkpoint loadable: one of the same tag is set aside as ``.<tag>.replaced`` between the two renames, and is
-found there.
+``index.json``, with a checksum of its own, renames the directory to the tag, and writes ``latest`` last. A save that is
+killed at any moment leaves the previous checkpoint loadable: one of the same tag is set aside as ``.<tag>.replaced``
+between the two renames, and is found there. What such a save leaves behind is cleared by the next one of its tag.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ FORMAT = "deepspeed-fragments"
 VERSION = 1
 INDEX = "index.json"
 LATEST = "latest"
+CHECKSUM = "checksum"
 
 Result = TypeVar("Result")
 
@@ -45,8 +46,8 @@ def write_checkpoint(
     temporary = directory / f".{tag}.saving"
 
     def prepare() -> None:
-        if Path(tag).name != tag:
-            raise ValueError(f"the tag '{tag}' is not the name of a directory")
+        if Path(tag).name != tag or tag in ("", "..", LATEST):
+            raise ValueError(f"the tag '{tag}' cannot be the name of a directory beside the file '{LATEST}'")
         if communicator.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -57,8 +58,9 @@ def write_checkpoint(
         save_file(whole, path, metadata={"format": "pt", **{name: checksum(tensor) for name, tensor in whole.items()}})
         _sync(path)
         if communicator.rank == 0:
-            content = {"format": FORMAT, "version": VERSION, "ranks": communicator.size, **index}
-            _write_text(temporary / INDEX, json.dumps(content))
+            # As it will be read: JSON makes strings of keys and lists of tuples.
+            content = json.loads(json.dumps({"format": FORMAT, "version": VERSION, "ranks": communicator.size, **index}))
+            _write_text(temporary / INDEX, json.dumps({**content, CHECKSUM: index_checksum(content)}))
 
     def publish() -> None:
         if communicator.rank == 0:
@@ -131,6 +133,12 @@ def checksum(tensor: Tensor) -> str:
     """CRC-32 of the elements of a contiguous CPU tensor, as eight hexadecimal digits."""
     flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
     return f"{zlib.crc32(flat.numpy().data):08x}"
+
+
+def index_checksum(index: Mapping[str, Any]) -> str:
+    """CRC-32 of an index, but for its own checksum, as eight hexadecimal digits."""
+    content = {key: value for key, value in index.items() if key != CHECKSUM}
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
 def _replaced(directory: Path, tag: str) -> Path:

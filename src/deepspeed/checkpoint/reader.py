@@ -15,10 +15,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .directory import FORMAT, INDEX, VERSION, CheckpointError, checksum, file_name
+from .directory import CHECKSUM, FORMAT, INDEX, VERSION, CheckpointError, checksum, file_name, index_checksum
 
 WEIGHT = "weight"
 
@@ -49,6 +50,7 @@ class CheckpointReader:
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in self.index["shapes"].items()}
         self._files: dict[str, Any] = {}
         self._pieces: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
+        self._kinds: dict[str, set[str]] = defaultdict(set)
         self._stack = ExitStack()
         try:
             self._open()
@@ -66,10 +68,9 @@ class CheckpointReader:
         """Close the files."""
         self._stack.close()
 
-    def kinds(self, names: Iterable[str]) -> set[str]:
-        """The kinds of which some of the tensors ``names`` are stored."""
-        wanted = set(names)
-        return {kind for kind, name in self._pieces if name in wanted}
+    def kinds(self, name: str) -> frozenset[str]:
+        """The kinds of which the tensor ``name`` is stored: none for a name that the checkpoint does not have."""
+        return frozenset(self._kinds.get(name, ()))
 
     def parts(self, kind: str, name: str, start: int, numel: int) -> list[Part]:
         """Where elements ``[start, start + numel)`` of a flattened tensor are stored, in order.
@@ -109,6 +110,12 @@ class CheckpointReader:
         """The elements of a part, 1-D."""
         return self.read(part.piece).reshape(-1)[part.start : part.start + part.numel]
 
+    def whole(self, name: str) -> Tensor:
+        """The weight ``name``, in its shape."""
+        shape = self.shapes[name]
+        parts = [self.read_part(part) for part in self.parts(WEIGHT, name, 0, prod(shape))]
+        return (torch.cat(parts) if parts else torch.empty(0)).view(shape)
+
     def _open(self) -> None:
         for rank in range(self.index["ranks"]):
             file = self.path / file_name(rank)
@@ -120,7 +127,10 @@ class CheckpointReader:
                 self._files[piece] = content
                 kind, _, label = piece.partition("/")
                 name, _, start = label.rpartition("@")
+                if not start.isdecimal():
+                    raise CheckpointError(f"{file} is damaged: it has a tensor {piece!r}, which names no elements")
                 self._pieces[kind, name].append((int(start), piece))
+                self._kinds[name].add(kind)
         for pieces in self._pieces.values():
             pieces.sort()
 
@@ -137,4 +147,7 @@ class CheckpointReader:
             raise CheckpointError(f"{file} is damaged ({error}): this is not a whole checkpoint") from error
         if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") != VERSION:
             raise CheckpointError(f"{file} is not the index of a {FORMAT} checkpoint of version {VERSION}")
+        # Checkpoints from before the index had a checksum have none.
+        if index.get(CHECKSUM, index_checksum(index)) != index_checksum(index):
+            raise CheckpointError(f"{file} is damaged: its checksum is not that of its content")
         return index

@@ -23,13 +23,13 @@ def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     Raises TypeError, naming the place, for what is none of: None, bool, int, float, str, list, tuple, set, dict,
     argparse.Namespace, tensor, NumPy array or number.
     """
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, np.generic):
-        return value.item()
     if isinstance(value, (Tensor, np.ndarray)):
         name = f"{where}@{len(tensors)}"
-        tensors[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else torch.from_numpy(value.copy())
+        tensors[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else _tensor(value, where)
         return {KIND: "tensor" if isinstance(value, Tensor) else "array", "name": name}
     if isinstance(value, Namespace):
         return {KIND: "namespace", "items": encode(vars(value), where, tensors)}
@@ -42,6 +42,13 @@ def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         f"{where} is a {type(value).__name__}, which a checkpoint cannot hold: give numbers, strings, lists, tuples, sets, "
         "dictionaries, tensors or arrays (an object's state_dict(), say)"
     )
+
+
+def _tensor(array: np.ndarray[Any, Any], where: str) -> Tensor:
+    try:
+        return torch.from_numpy(array.copy())
+    except TypeError as error:
+        raise TypeError(f"{where} is an array of {array.dtype}, which a checkpoint cannot hold: give a list") from error
 
 
 def _encode_mapping(value: Mapping[Any, Any], where: str, tensors: dict[str, Tensor]) -> Any:

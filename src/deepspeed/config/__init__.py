@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from .errors import ConfigError
-from .load import load_config
-from .root import DeepSpeedConfig
+from .load import DeepSpeedConfig, load_config
 
 __all__ = ["ConfigError", "DeepSpeedConfig", "load_config"]

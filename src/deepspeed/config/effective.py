@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .origin import DEFAULT, Kind, Origin
-from .root import DeepSpeedConfig
+from .root import RootSection
 from .section import Section, stage_of, unit_of
 from .tuning import DEEPCOMPILE
 
@@ -37,13 +37,13 @@ class Entry:
     idle: str = ""
 
 
-def effective_entries(config: DeepSpeedConfig) -> Iterator[Entry]:
+def effective_entries(config: RootSection) -> Iterator[Entry]:
     """Every key of ``config`` in the order of the schema, but the keys of a section before the sections in it; entries of a
     free-form key (``optimizer.params``) one by one."""
     yield from _entries(config, config, "", "")
 
 
-def _entries(config: DeepSpeedConfig, section: Section, path: str, outside: str) -> Iterator[Entry]:
+def _entries(config: RootSection, section: Section, path: str, outside: str) -> Iterator[Entry]:
     """The entries of ``section``; ``outside`` is why nothing reads the section around it."""
     inside = outside
     if not getattr(section, "enabled", True):
@@ -69,7 +69,7 @@ def _entries(config: DeepSpeedConfig, section: Section, path: str, outside: str)
         yield from _entries(config, value, f"{inner}.", inside)
 
 
-def _origin(config: DeepSpeedConfig, path: str) -> Origin:
+def _origin(config: RootSection, path: str) -> Origin:
     """The origin of ``path``, or of what was given inside it."""
     found = config.origin(path)
     inside = [origin for other, origin in config.sources.items() if other.startswith(f"{path}.")]

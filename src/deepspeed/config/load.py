@@ -10,36 +10,68 @@ from typing import Any
 from pydantic import ValidationError
 
 from .batch import BATCH_KEYS, BatchSizes, explain_solution, solve_batch_sizes
-from .errors import Problem, raise_problems
+from .errors import ConfigError, Problem, raise_problems
 from .origin import Kind, Origin
 from .plain import validation_problems
 from .prepare import prepare
-from .root import DeepSpeedConfig
+from .root import RootSection
 from .source import read_source
 from .unbuilt import unbuilt_problems
 from .unknown import drop_unknown_keys
 
 
-def load_config(source: str | os.PathLike[str] | Mapping[str, Any], *, world_size: int = 1) -> DeepSpeedConfig:
-    """Read and validate a configuration for ``world_size`` data-parallel ranks.
+class DeepSpeedConfig(RootSection):
+    """A configuration, read and validated: its keys are attributes, with the values that are in effect.
 
-    ``source`` is a path, a mapping, a JSON string or base64 of one. Entries that are "auto" take the key's default, and
-    batch sizes are solved. Raises ConfigError with all problems found.
+    ``config`` is a path, a mapping, a JSON string or base64 of one. Entries that are "auto" take the key's default, and
+    batch sizes are solved for ``world_size`` data-parallel ranks: where None, those of ``mpu`` (anything with
+    ``get_data_parallel_world_size()``), those along ``mesh_device``'s dimension ``data_parallel``, or else all of the
+    default process group, 1 where there is none. Raises ConfigError with all problems found.
     """
-    raw, name = read_source(source)
-    values = copy.deepcopy(raw)
-    sources, problems = prepare(values)
-    problems += drop_unknown_keys(values)
-    problems += _solve_batch(values, sources, world_size)
-    try:
-        config = DeepSpeedConfig(**values)
-    except ValidationError as error:
-        raise_problems(problems + validation_problems(error), name)
-        raise
-    raise_problems(problems + _contradictions(config) + unbuilt_problems(config), name)
-    config._raw.update(raw)
-    config._sources.update(sources)
-    return config
+
+    def __init__(
+        self,
+        config: str | os.PathLike[str] | Mapping[str, Any],
+        mpu: Any = None,
+        mesh_device: Any = None,
+        *,
+        world_size: int | None = None,
+    ):
+        raw, name = read_source(config)
+        values = copy.deepcopy(raw)
+        sources, problems = prepare(values)
+        problems += drop_unknown_keys(values)
+        problems += _solve_batch(values, sources, _data_parallel_size(mpu, mesh_device) if world_size is None else world_size)
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise_problems(problems + validation_problems(error), name)
+            raise
+        raise_problems(problems + _contradictions(self) + unbuilt_problems(self), name)
+        self._raw.update(raw)
+        self._sources.update(sources)
+
+    # For pydantic's own ways to make a model (model_validate and the like), which take validated keys, not a source.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+def load_config(source: str | os.PathLike[str] | Mapping[str, Any], *, world_size: int = 1) -> DeepSpeedConfig:
+    """The configuration ``source`` for ``world_size`` data-parallel ranks: see :class:`DeepSpeedConfig`."""
+    return DeepSpeedConfig(source, world_size=world_size)
+
+
+def _data_parallel_size(mpu: Any, mesh_device: Any) -> int:
+    if mesh_device is not None:
+        names = mesh_device.mesh_dim_names or ()
+        if "data_parallel" not in names:
+            raise ConfigError(f"mesh_device has the dimensions {tuple(names)}; give a mesh with one named 'data_parallel'")
+        return int(mesh_device.size(names.index("data_parallel")))
+    if mpu is not None:
+        return int(mpu.get_data_parallel_world_size())
+    # Imported here: a configuration is read without torch as well, and then there is no process group.
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _solve_batch(values: dict[str, Any], sources: dict[str, Origin], world_size: int) -> list[Problem]:
@@ -57,7 +89,7 @@ def _solve_batch(values: dict[str, Any], sources: dict[str, Origin], world_size:
     return []
 
 
-def _contradictions(config: DeepSpeedConfig) -> list[Problem]:
+def _contradictions(config: RootSection) -> list[Problem]:
     problems = []
     zero = config.zero_optimization
     if config.fp16.enabled and config.bf16.enabled:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from .errors import Problem, shown
-from .root import DeepSpeedConfig
+from .root import RootSection
 from .section import Section, section_class
 
 EXPECTED = {
@@ -60,7 +60,7 @@ def _sentence(item: Mapping[str, Any], location: Sequence[int | str]) -> str:
 
 
 def _section_at(location: Sequence[int | str]) -> type[Section] | None:
-    section: type[Section] | None = DeepSpeedConfig
+    section: type[Section] | None = RootSection
     for part in location:
         field = section.model_fields.get(str(part)) if section is not None else None
         section = section_class(field) if field is not None else None

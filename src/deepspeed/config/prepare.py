@@ -12,7 +12,7 @@ from typing import Any
 from .errors import Problem, warn
 from .origin import GIVEN, Kind, Origin
 from .renames import apply_renames
-from .root import DeepSpeedConfig
+from .root import RootSection
 from .section import Section, section_class
 
 AUTO_FROM = {"scheduler.params.warmup_max_lr": "optimizer.params.lr"}
@@ -24,7 +24,7 @@ def prepare(values: dict[str, Any]) -> tuple[dict[str, Origin], list[Problem]]:
     sources: dict[str, Origin] = {}
     _open_switches(values, sources)
     _spread_dotted_keys(values, sources)
-    _drop_nulls(DeepSpeedConfig, values)
+    _drop_nulls(RootSection, values)
     problems = apply_renames(values, sources)
     _resolve_auto(values, values, sources, "")
     for path in _paths(values):
@@ -52,7 +52,7 @@ def _spread_dotted_keys(values: dict[str, Any], sources: dict[str, Origin]) -> N
     the section's own value: tools write them to adapt a finished configuration."""
     for key in [key for key in values if "." in key]:
         *parents, leaf = key.split(".")
-        if parents[0] not in DeepSpeedConfig.model_fields:
+        if parents[0] not in RootSection.model_fields:
             continue
         section = values
         for name in parents:

@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from .effective import IDLE
 from .renames import RENAMES
-from .root import DeepSpeedConfig
+from .root import RootSection
 from .section import Section, section_class, stage_of, unit_of
 from .unbuilt import ONLY, OPTIMIZERS, SWITCHES, UNBUILT
 
@@ -47,8 +47,8 @@ one of them follows from the others. Micro-batches are not accumulated where not
 
 def reference() -> str:
     """The page, as Markdown."""
-    parts = [INTRODUCTION, "## Top level", _table(DeepSpeedConfig, "")]
-    for path, section in _sections(DeepSpeedConfig, ""):
+    parts = [INTRODUCTION, "## Top level", _table(RootSection, "")]
+    for path, section in _sections(RootSection, ""):
         parts += [f"## {path}", _lead(path, section), _table(section, f"{path}.")]
     return "\n\n".join(part.strip("\n") for part in [*parts, *_other_names(), *_not_built()] if part) + "\n"
 

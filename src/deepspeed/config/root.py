@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import PrivateAttr
+from pydantic import ConfigDict, PrivateAttr
 
 from .checkpointing import ActivationCheckpointingConfig, CheckpointConfig, DataStatesConfig, NebulaConfig
 from .compression import CompressionConfig, SparseAttentionConfig
@@ -29,9 +29,11 @@ from .tuning import AutotuningConfig, CompileConfig, ElasticityConfig
 from .zero import ZeroConfig
 
 
-class DeepSpeedConfig(Section):
-    """A validated ``ds_config.json``. Immutable; batch sizes are solved; ``raw`` is the configuration as given and
-    ``origin`` says where an effective value came from."""
+class RootSection(Section):
+    """The keys of ``ds_config.json``, validated. Immutable; ``raw`` is the configuration as given and ``origin`` says where an
+    effective value came from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), title="DeepSpeedConfig")
 
     train_batch_size: Int = key(1, "One optimizer step over all ranks. Left out: the product below.", unit="samples", ge=1)
     train_micro_batch_size_per_gpu: Int = key(1, "One forward on one rank. Left out: solved, or 1.", unit="samples", ge=1)

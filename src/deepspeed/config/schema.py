@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 
 from .renames import RENAMES, Rename
-from .root import DeepSpeedConfig
+from .root import RootSection
 from .section import DTYPE_NAMES, DtypeNames, Lowered, Section, section_class, stage_of, unit_of
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -22,19 +22,19 @@ LEFT_OUT: list[dict[str, Any]] = [{"const": "auto"}, {"type": "null"}]
 
 def json_schema() -> dict[str, Any]:
     """A schema that accepts what :func:`load_config` accepts, but for other top-level keys, of which that warns."""
-    schema = DeepSpeedConfig.model_json_schema()
+    schema = RootSection.model_json_schema()
     definitions = schema["$defs"]
-    for section in _sections(DeepSpeedConfig):
-        properties = (schema if section is DeepSpeedConfig else definitions[section.__name__])["properties"]
+    for section in _sections(RootSection):
+        properties = (schema if section is RootSection else definitions[section.__name__])["properties"]
         for name, field in section.model_fields.items():
             properties[name] = _widened(properties[name], field)
     for rename in RENAMES:
-        owner: type[Section] | None = DeepSpeedConfig
+        owner: type[Section] | None = RootSection
         *parents, leaf = rename.old.split(".")
         for name in parents:
             owner = section_class(owner.model_fields[name]) if owner is not None else None
         assert owner is not None, f"{rename.old} is in a section"
-        home = schema if owner is DeepSpeedConfig else definitions[owner.__name__]
+        home = schema if owner is RootSection else definitions[owner.__name__]
         home["properties"][leaf] = _other_name(rename)
     definitions["ZeroConfig"]["properties"]["offload_optimizer"]["anyOf"].append({"const": False})
     definitions["ZeroConfig"]["properties"]["offload_param"]["anyOf"].append({"const": False})

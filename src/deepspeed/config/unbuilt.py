@@ -10,9 +10,9 @@ from .parallel import PipelineConfig
 from .tuning import DEEPCOMPILE, CompileConfig
 
 if TYPE_CHECKING:
-    from .root import DeepSpeedConfig
+    from .root import RootSection
 
-Predicate = Callable[["DeepSpeedConfig"], bool]
+Predicate = Callable[["RootSection"], bool]
 
 OPTIMIZERS = ("onebitadam", "onebitlamb", "zerooneadam", "muadam", "muadamw", "musgd")
 """Documented optimizers that are not built yet, in lower case. All others are known to the room that builds them."""
@@ -213,7 +213,7 @@ ONLY: tuple[tuple[str, Predicate, str], ...] = (
 """Values that ask for something that is never done here."""
 
 
-def unbuilt_problems(config: DeepSpeedConfig) -> list[Problem]:
+def unbuilt_problems(config: RootSection) -> list[Problem]:
     """A problem for each feature that ``config`` switches on and that is not built, and for each value that has no
     effect."""
     found = [Problem(key, sentence) for key, applies, sentence in UNBUILT + ONLY if applies(config)]

@@ -6,7 +6,7 @@ import difflib
 from typing import Any
 
 from .errors import Problem, warn
-from .root import DeepSpeedConfig
+from .root import RootSection
 from .section import OpenSection, Section, fields, section_class
 
 CLOSE = 0.84
@@ -20,14 +20,14 @@ def drop_unknown_keys(values: dict[str, Any]) -> list[Problem]:
     """Take unknown keys out of ``values``. Returns a problem for each misspelt top-level key and each unknown key in a
     section; other unknown top-level keys are warned of, because integrations and tools add keys of their own."""
     problems = []
-    for key in [key for key in values if key not in DeepSpeedConfig.model_fields]:
-        close = difflib.get_close_matches(key, DeepSpeedConfig.model_fields, n=1, cutoff=CLOSE)
+    for key in [key for key in values if key not in RootSection.model_fields]:
+        close = difflib.get_close_matches(key, RootSection.model_fields, n=1, cutoff=CLOSE)
         if close:
             problems.append(Problem(key, f"unknown key; did you mean '{close[0]}'?"))
         elif key not in SILENT:
             warn(f"the configuration key '{key}' is not known and has no effect{_homes(key)}")
         del values[key]
-    return problems + _drop_in(DeepSpeedConfig, values, "")
+    return problems + _drop_in(RootSection, values, "")
 
 
 def _drop_in(section: type[Section], values: dict[str, Any], path: str) -> list[Problem]:
@@ -54,5 +54,5 @@ def suggestion(key: str, section: type[Section], path: str) -> str:
 
 def _homes(key: str) -> str:
     """Where a key of this name is known."""
-    homes = [path for path, _ in fields(DeepSpeedConfig) if path.split(".")[-1] == key and key != "enabled"]
+    homes = [path for path, _ in fields(RootSection) if path.split(".")[-1] == key and key != "enabled"]
     return f" (there is '{homes[0]}')" if len(homes) == 1 else ""

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..comm.communicator import Communicator
 from ..config import DeepSpeedConfig
+from ..zero.released import shape_of
 
 COMPARED = (
     "train_micro_batch_size_per_gpu",
@@ -39,8 +40,8 @@ def describe(module: nn.Module, optimizer: torch.optim.Optimizer | None, config:
         options = {key: value for key, value in group.items() if isinstance(value, (bool, int, float, str, tuple))}
         lines.append(f"parameter group {index} of {type(optimizer).__name__}: {options}")
     for name, p in module.named_parameters():
-        role = "frozen" if not p.requires_grad else f"group {group_of[id(p)]}" if id(p) in group_of else "not optimized"
-        lines.append(f"{name}: {tuple(p.shape)} {p.dtype}, {role}")
+        role = f"group {group_of[id(p)]}" if id(p) in group_of else "not optimized"
+        lines.append(f"{name}: {tuple(shape_of(p))} {p.dtype}, {role}{'' if p.requires_grad else ', frozen'}")
     lines += [f"buffer {name}: {tuple(buffer.shape)} {buffer.dtype}" for name, buffer in module.named_buffers()]
     settings = config.model_dump(include=set(COMPARED))
     lines += [f"{key}: {settings[key]}" for key in COMPARED]

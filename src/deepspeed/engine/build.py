@@ -20,7 +20,9 @@ from ..zero.optimizer import ShardedOptimizer
 from ..zero.plan import WHOLE, UnitLimits, plan_units
 from ..zero.policy import ZeroPolicy
 from ..zero.reducer import GradientReducer, ReductionSettings, is_reduced
+from ..zero.released import shape_of
 from ..zero.sharding import ModelLayout, ShardedModel, move_in
+from ..zero.unfreezing import FrozenParameters
 from .agreement import check_ranks_agree, describe
 from .precision import PrecisionPolicy, build_loss_scaler
 
@@ -84,7 +86,7 @@ def build_layout(
     """The flat layout of the module's parameters, of which ``named`` are trained in ``groups``."""
     policy = ZeroPolicy.for_stage(config.zero_optimization.stage)
     group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
-    plan = plan_units(module, nn.Parameter.numel, unit_limits(config)) if policy.shard_parameters else WHOLE
+    plan = plan_units(module, lambda p: shape_of(p).numel(), unit_limits(config)) if policy.shard_parameters else WHOLE
     return ModelLayout.build(
         module,
         {name: group_of[id(p)] for name, p in named.items()},
@@ -174,6 +176,8 @@ def shard_model(
     _broadcast_rest(module, moved, communicator)
     if optimizer is None:
         return model, None
+    size = config.zero_optimization.bucket_numel
+    frozen = FrozenParameters(dict(module.named_parameters()), groups, bucket_numel=size)
     settings = reduction_settings(config, precision, ranks=communicator.size)
     policy = ZeroPolicy.for_stage(config.zero_optimization.stage)
     reducer = GradientReducer(layout.trained, named, policy=policy, communicator=communicator, settings=settings)
@@ -181,9 +185,11 @@ def shard_model(
         optimizer,
         model.trained,
         reducer,
+        frozen=frozen,
         scaler=build_loss_scaler(config),
         clip=config.gradient_clipping,
         overlap=settings.overlap,
+        settle=model.scopes.end_backward,
     )
     make_inspectable(sharded)
     return model, sharded
@@ -227,11 +233,8 @@ def _inner_optimizer(module: nn.Module, request: OptimizerRequest, config: DeepS
         refuse_unsuited(made)
         return made
     assert config.optimizer is not None, "checked above"
-    trainable = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
-    if not any(group["params"] for group in trainable):
-        raise ValueError("the model has no trainable parameters: every parameter has requires_grad=False")
     kind = config.optimizer.type
-    return build_optimizer(kind, config.optimizer.params, split_parameter_groups(kind, trainable))
+    return build_optimizer(kind, config.optimizer.params, split_parameter_groups(kind, groups))
 
 
 def _broadcast_rest(module: nn.Module, moved: set[int], communicator: Communicator) -> None:

@@ -2,12 +2,15 @@
 
 Each rank writes its own slices, cut at parameters: the weights (in fp32) and each optimizer state. Rank 0 adds the
 module's tensors that no optimizer trains, and in the index all that is small: counters, schedule, loss scaler, options of
-the parameter groups, ``client_state``. Gradients are not saved: a checkpoint is the state after the last optimizer step.
+the parameter groups, the step number of each parameter, ``client_state``. Gradients are not saved: a checkpoint is the
+state after the last optimizer step.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +20,7 @@ from ..checkpoint.directory import CheckpointError, on_all_ranks, write_checkpoi
 from ..checkpoint.reader import WEIGHT, piece_name
 from ..checkpoint.values import encode
 from ..comm.communicator import Communicator
-from ..optim.sharding import FlatShard
+from ..optim.segments import Segment, is_elementwise
 from ..zero.optimizer import ShardedOptimizer
 from .weights import frozen_parameters
 
@@ -45,16 +48,17 @@ def save_training_checkpoint(
         client_tensors: dict[str, Tensor] = {}
         encoded = encode(client_state, "client_state", client_tensors)
         others = {name: value for name, value in untrained_tensors(engine).items() if name not in left_out}
-        tensors = trained_pieces(engine.optimizer, communicator)
+        tensors = trained_pieces(engine.optimizer, communicator) | frozen_pieces(engine, left_out)
         if communicator.rank == 0:
             tensors |= {piece_name(WEIGHT, name, 0): value.clone() for name, value in others.items()}
             tensors |= {client_name(name): value for name, value in client_tensors.items()}
-        shapes = {name: list(value.shape) for name, value in others.items()}
-        if engine.optimizer is not None:
-            shapes |= {name: list(p.shape) for name, p in engine.optimizer.flat.parameters.items()}
-        return tensors, {**_small_states(engine), "client_state": encoded, "shapes": shapes, "left_out": sorted(left_out)}
+        shapes = {name: list(shape) for name, shape in model_shapes(engine).items() if name not in left_out}
+        names = {"shapes": shapes, "tied": _tied_names(engine), "left_out": sorted(left_out)}
+        return tensors, {**_small_states(engine), "client_state": encoded, **names}
 
     tensors, index = on_all_ranks(compose, f"saving {directory / tag}", communicator)
+    if engine.optimizer is not None:
+        index["optimizer"]["parameters"] = _joined(communicator.gather_objects(_numbers(engine.optimizer)))
     write_checkpoint(directory, tag, tensors, index, communicator)
     if save_latest:
         write_latest(directory, tag, communicator)
@@ -69,23 +73,49 @@ def trained_pieces(optimizer: ShardedOptimizer | None, communicator: Communicato
     pieces: dict[str, Tensor] = {}
     if optimizer is None or (communicator.rank != 0 and not optimizer.policy.shard_optimizer):
         return pieces
-    for shard in optimizer.shards:
-        for kind, flat in {WEIGHT: shard.tensor, **_elementwise(optimizer, shard)}.items():
-            for fragment in shard.fragments:
-                pieces[piece_name(kind, fragment.spec.name, fragment.parameter_start)] = flat[fragment.slice_range]
+    for segment in optimizer.segments:
+        for kind, flat in {WEIGHT: segment.tensor, **_elementwise(optimizer, segment)}.items():
+            for fragment in segment.fragments:
+                pieces[piece_name(kind, fragment.spec.name, fragment.parameter_start)] = flat[segment.part(fragment)]
     return pieces
 
 
+def frozen_pieces(engine: DeepSpeedEngine, left_out: Collection[str]) -> dict[str, Tensor]:
+    """This rank's part of the parameters that are sharded and not trained, but for those ``left_out``."""
+    return {
+        piece_name(WEIGHT, fragment.spec.name, fragment.parameter_start): shard.tensor[fragment.slice_range]
+        for shard in engine.sharded_model.frozen_shards
+        for fragment in shard.fragments
+        if fragment.spec.name not in left_out
+    }
+
+
+def model_shapes(engine: DeepSpeedEngine) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of the module, by the name under which it is stored."""
+    shapes = {name: tuple(value.shape) for name, value in untrained_tensors(engine).items()}
+    for flat in (engine.sharded_model.trained, engine.sharded_model.frozen):
+        shapes |= {name: placement.spec.shape for name, (_, placement) in flat.layout.homes.items()}
+    return shapes
+
+
 def untrained_tensors(engine: DeepSpeedEngine) -> dict[str, Tensor]:
-    """The module's tensors that no optimizer trains, by their first names in its state dict."""
-    optimizer = engine.optimizer
-    seen = {id(p) for p in optimizer.flat.parameters.values()} if optimizer is not None else set()
+    """The module's tensors that are whole on every rank and not trained, by their first names in its state dict."""
+    model = engine.sharded_model
+    seen = {id(p) for flat in (model.trained, model.frozen) for p in flat.parameters.values()}
     found = {}
     for name, value in engine.module.state_dict(keep_vars=True).items():
         if isinstance(value, Tensor) and id(value) not in seen:
             seen.add(id(value))
             found[name] = value.detach()
     return found
+
+
+def _tied_names(engine: DeepSpeedEngine) -> dict[str, str]:
+    """The other names of the module's tensors, each with the one under which the tensor is stored."""
+    model = engine.sharded_model
+    first = {id(p): name for flat in (model.trained, model.frozen) for name, p in flat.parameters.items()}
+    tensors = {n: v for n, v in engine.module.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+    return {name: first[id(value)] for name, value in tensors.items() if first.setdefault(id(value), name) != name}
 
 
 def client_name(name: str) -> str:
@@ -112,37 +142,46 @@ def _small_states(engine: DeepSpeedEngine) -> dict[str, Any]:
         states["optimizer"] = {
             "type": type(optimizer.optimizer).__name__,
             "groups": [_plain({key: value for key, value in group.items() if key != "params"}) for group in groups],
-            "numbers": [_numbers(optimizer, index) for index in range(len(groups))],
             "scaler": {"type": type(optimizer.scaler).__name__, "state": optimizer.scaler.state_dict()},
         }
     return states
 
 
-def _elementwise(optimizer: ShardedOptimizer, shard: FlatShard) -> dict[str, Tensor]:
+def _elementwise(optimizer: ShardedOptimizer, segment: Segment) -> dict[str, Tensor]:
     found = {}
-    for kind, value in optimizer.state.get(shard.tensor, {}).items():
+    for kind, value in optimizer.state.get(segment.tensor, {}).items():
         if isinstance(value, Tensor) and value.dim() > 0:
-            if value.shape != shard.tensor.shape:
+            if not is_elementwise(value, segment.tensor):
                 raise CheckpointError(
-                    f"the state '{kind}' of {type(optimizer.optimizer).__name__} has shape {tuple(value.shape)} for a slice "
-                    f"of {shard.tensor.numel()} elements: a checkpoint holds states of one value per element, and numbers"
+                    f"the state '{kind}' of {type(optimizer.optimizer).__name__} has shape {tuple(value.shape)} for "
+                    f"{segment.tensor.numel()} elements: a checkpoint holds states of one value per element, and numbers"
                 )
             found[kind] = value
     return found
 
 
-def _numbers(optimizer: ShardedOptimizer, group: int) -> dict[str, Any]:
-    """The states of a group's slices that are numbers, such as Adam's step: equal on all slices."""
-    for shard in optimizer.shards:
-        if shard.bucket.group == group:
-            state = optimizer.state.get(shard.tensor, {})
-            scalars = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim() == 0}
-            plain = {key: value for key, value in state.items() if isinstance(value, (bool, int, float))}
-            return plain | {
-                key: {"tensor": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
-                for key, value in scalars.items()
-            }
-    return {}
+def _numbers(optimizer: ShardedOptimizer) -> list[tuple[dict[str, Any], list[str]]]:
+    """The states that are numbers, such as Adam's step, with the parameters whose states they are on this rank."""
+    found = []
+    for segment in optimizer.segments:
+        state = optimizer.state.get(segment.tensor, {})
+        numbers = {key: value for key, value in state.items() if isinstance(value, (bool, int, float))} | {
+            key: {"tensor": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
+            for key, value in state.items()
+            if isinstance(value, Tensor) and value.dim() == 0
+        }
+        found.append((numbers, [fragment.spec.name for fragment in segment.fragments]))
+    return found
+
+
+def _joined(everyone: list[list[tuple[dict[str, Any], list[str]]]]) -> list[dict[str, Any]]:
+    """The numbers of all ranks: each set of numbers with the names of all parameters that have it."""
+    names_of: dict[str, set[str]] = {}
+    for found in everyone:
+        for numbers, names in found:
+            if numbers:
+                names_of.setdefault(json.dumps(numbers, sort_keys=True), set()).update(names)
+    return [{"numbers": json.loads(numbers), "names": sorted(names)} for numbers, names in names_of.items()]
 
 
 def _plain(value: Any) -> Any:

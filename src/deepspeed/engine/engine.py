@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.batch import BatchSizes
+from ..logs import log_dist
 from ..profiling.wall_clock import ThroughputTimer, WallClockTimers
 from ..zero.optimizer import ShardedOptimizer
 from .batches import check_loss, loss_of
@@ -71,7 +72,7 @@ class DeepSpeedEngine(EngineInformation):
         if scale_wrt_gas:
             scale /= self.gradient_accumulation_steps()
         optimizer.reducer.begin(reduce=self._reduces(optimizer))
-        with self._instruments.timed("backward"), self._parts.model.scopes.backward():
+        with self._instruments.timed("backward"), self.sharded_model.scopes.backward():
             (loss * scale if scale != 1.0 else loss).backward(retain_graph=retain_graph, **kwargs)
         with self._instruments.timed("reduce"):
             optimizer.reducer.finish()
@@ -176,7 +177,7 @@ class DeepSpeedEngine(EngineInformation):
 
     def empty_partition_cache(self) -> None:
         """Release the parameters that stage 3 gathered ahead or kept; the other stages gather none."""
-        self._parts.model.scopes.fetcher.release_idle()
+        self.sharded_model.scopes.fetcher.release_idle()
 
     def scale(self, loss: Tensor) -> Tensor:
         """``loss`` times the loss scale, for those who call ``backward`` on it themselves."""
@@ -247,11 +248,15 @@ class DeepSpeedEngine(EngineInformation):
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
+        custom_load_fn: Callable[..., object] | None = None,
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Load the checkpoint ``tag`` (the one that ``latest`` names where None), saved at any world size and stage.
 
         Returns its path and the client state, or ``(None, None)`` where ``load_dir`` has no checkpoint. A damaged
         one raises, and leaves the engine as it was. ``load_module_only`` leaves the counters as they are, too.
+        ``custom_load_fn(src=state_dict, dst=module)`` loads the weights in place of the engine: ``src`` is the module's
+        whole state dict on CPU (trained parameters in fp32), whatever this module's names and shapes are; the function
+        writes into ``dst`` on every rank, and the fp32 masters follow. Optimizer states go by the parameters' names.
         """
         loaded = load_training_checkpoint(
             self,
@@ -262,6 +267,7 @@ class DeepSpeedEngine(EngineInformation):
                 optimizer_states=load_optimizer_states and not load_module_only,
                 scheduler_states=load_lr_scheduler_states and not load_module_only,
                 counters=not load_module_only,
+                load_module=custom_load_fn,
             ),
         )
         self._accumulation.start_over()
@@ -274,14 +280,24 @@ class DeepSpeedEngine(EngineInformation):
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """Write the model's weights alone, in its dtype, to ``save_dir/save_filename``: as safetensors where the name
-        ends so, else as ``torch.save`` does. Called on every rank; rank 0 writes. Returns True."""
+        ends so, else as ``torch.save`` does. Called on every rank; rank 0 writes. Returns whether anything was saved: at
+        stage 3 only where ``stage3_gather_16bit_weights_on_model_save`` allows to gather the whole model on rank 0."""
+        if self.sharded_model.scopes.fetcher.units and not self.zero_gather_16bit_weights_on_model_save():
+            wanted = "zero_optimization.stage3_gather_16bit_weights_on_model_save is false"
+            log_dist(f"save_16bit_model saved nothing: stage 3 gathers no weights on rank 0 while {wanted}", [0])
+            return False
         state = self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
         save_weights(Path(save_dir) / save_filename, state, self.communicator)
         return True
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> OrderedDict[str, Tensor] | None:
         """The module's state dict on CPU on rank 0, None on the others. Integrations call it by this name."""
-        return consolidated_state_dict(self.module, self.communicator, exclude_frozen_parameters=exclude_frozen_parameters)
+        return consolidated_state_dict(
+            self.module,
+            self.sharded_model,
+            self.communicator,
+            exclude_frozen_parameters=exclude_frozen_parameters,
+        )
 
     _consolidated_16bit_state_dict = _zero3_consolidated_16bit_state_dict
 
@@ -310,7 +326,7 @@ class DeepSpeedEngine(EngineInformation):
         parameters and may be given to ``initialize`` again."""
         if self.optimizer is not None:
             self.optimizer.close()
-        self._parts.model.close()
+        self.sharded_model.close()
         self._instruments.close()
         self._parts.monitor.close()
         self._batches = None

@@ -10,6 +10,7 @@ from torch import nn
 from ..comm.communicator import Communicator
 from ..config.batch import BatchSizes
 from ..memory.estimate import ModelStateBytes
+from ..zero.sharding import ShardedModel
 from .accounting import measure_model_states
 from .parts import Accumulation, Counters, EngineParts
 
@@ -40,6 +41,11 @@ class EngineInformation(nn.Module):
             if name == "module":
                 raise
             return getattr(self.module, name)
+
+    @property
+    def sharded_model(self) -> ShardedModel:
+        """The module's parameters as they are laid out and sharded."""
+        return self._parts.model
 
     # -- ranks ---------------------------------------------------------------------------------------------------------
 
@@ -119,7 +125,7 @@ class EngineInformation(nn.Module):
 
     def model_state_bytes(self) -> ModelStateBytes:
         """Bytes of this rank's model states, measured from the storages that live now."""
-        return measure_model_states(self.module, self._parts.model, self.optimizer)
+        return measure_model_states(self.module, self.sharded_model, self.optimizer)
 
     # -- settings ------------------------------------------------------------------------------------------------------
 

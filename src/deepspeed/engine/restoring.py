@@ -8,9 +8,11 @@ size, stage and bucket size may differ from those at saving: a slice asks for it
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +22,12 @@ from torch import Tensor
 from ..checkpoint.directory import CheckpointError, find_checkpoint, on_all_ranks, read_latest
 from ..checkpoint.reader import WEIGHT, CheckpointReader, Part
 from ..checkpoint.values import decode
-from ..optim.sharding import FlatShard
+from ..memory.layout import Fragment
+from ..optim.segments import FlatShard, cuts
+from ..zero.gathered import GatheredParameters
 from ..zero.optimizer import ShardedOptimizer
-from .checkpointing import client_name, untrained_tensors
+from ..zero.unfreezing import unfreeze
+from .checkpointing import client_name, model_shapes, untrained_tensors
 
 if TYPE_CHECKING:
     from .engine import DeepSpeedEngine
@@ -32,12 +37,14 @@ logger = logging.getLogger("DeepSpeed")
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """Which states to load. ``strict`` asks for the same tensors in the checkpoint and in the model."""
+    """Which states to load. ``strict`` asks for the same tensors in the checkpoint and in the model. ``load_module``
+    called with ``src``, the module's state dict in the checkpoint, and ``dst``, the module, loads the weights where given."""
 
     strict: bool = True
     optimizer_states: bool = True
     scheduler_states: bool = True
     counters: bool = True
+    load_module: Callable[..., object] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,14 +57,18 @@ class _Fill:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to read: for each slice of the optimizer and kind of state, and for each other tensor of the module."""
+    """What to read: for each slice of the optimizer and kind of state, for each slice that is not trained, and for each
+    other tensor of the module (for all of them where the user loads these). ``numbers`` are the optimizer states that are
+    numbers, by parameter."""
 
     slices: list[dict[str, list[_Fill]]] = field(default_factory=list)
+    numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    frozen: list[list[_Fill]] = field(default_factory=list)
     tensors: dict[str, list[_Fill]] = field(default_factory=dict)
 
     def pieces(self) -> Iterator[str]:
         """Every stored tensor that is read, some more than once."""
-        lists = [fills for kinds in self.slices for fills in kinds.values()] + list(self.tensors.values())
+        lists = [fills for kinds in self.slices for fills in kinds.values()] + self.frozen + list(self.tensors.values())
         return (part.piece for fills in lists for fill in fills for part in fill.parts)
 
 
@@ -78,42 +89,79 @@ def load_training_checkpoint(
         return None, None
     with ExitStack() as open_files:
 
-        def prepare() -> tuple[CheckpointReader, _Plan, dict[str, Any]]:
+        def open_reader() -> CheckpointReader:
             reader = open_files.enter_context(CheckpointReader(find_checkpoint(directory, found)))
+            _check_fit(engine, reader, request)
+            return reader
+
+        def prepare() -> tuple[_Plan, dict[str, Any]]:
             plan = _make_plan(engine, reader, request)
             reader.verify(plan.pieces())
-            return reader, plan, decode(reader.index["client_state"], lambda name: reader.verified(client_name(name)))
+            return plan, decode(reader.index["client_state"], lambda name: reader.verified(client_name(name)))
 
-        reader, plan, client_state = on_all_ranks(prepare, f"loading {directory / found}", communicator)
+        reader = on_all_ranks(open_reader, f"loading {directory / found}", communicator)
+        if engine.optimizer is not None and request.optimizer_states:
+            _unfreeze_as_saved(engine.optimizer, reader)
+        plan, client_state = on_all_ranks(prepare, f"loading {directory / found}", communicator)
         _install(engine, reader, plan, request)
     return str(directory / found), client_state
 
 
-def _make_plan(engine: DeepSpeedEngine, reader: CheckpointReader, request: LoadRequest) -> _Plan:
+def _check_fit(engine: DeepSpeedEngine, reader: CheckpointReader, request: LoadRequest) -> None:
+    """Raise CheckpointError where the checkpoint is of another model or optimizer."""
     optimizer = engine.optimizer
-    ours = untrained_tensors(engine)
-    shapes = {name: tuple(value.shape) for name, value in ours.items()}
-    if optimizer is not None:
-        shapes |= {name: tuple(p.shape) for name, p in optimizer.flat.parameters.items()}
-    problems = _of_another_model(reader, shapes, request.strict)
+    shapes = model_shapes(engine)
+    if request.load_module is None:
+        problems = _of_another_model(reader, shapes, request.strict)
+    else:
+        # The user knows what becomes of the weights; optimizer states go by name and shape.
+        stated = [name for name in shapes if request.optimizer_states and reader.kinds(name) > {WEIGHT}]
+        problems = _of_another_model(reader, {name: shapes[name] for name in stated}, strict=False)
     if optimizer is not None and request.optimizer_states:
         problems += _of_another_optimizer(reader, optimizer)
     if problems:
         raise CheckpointError(f"{reader.path} does not fit: {'; '.join(problems[:8])}")
-    plan = _Plan()
+
+
+def _unfreeze_as_saved(optimizer: ShardedOptimizer, reader: CheckpointReader) -> None:
+    """Give parameters that are frozen here a place for the optimizer states that they have in the checkpoint: they were
+    unfrozen when it was saved, and may be again."""
+    names = [name for name in optimizer.frozen.waiting if reader.kinds(name) > {WEIGHT}]
+    if names:
+        unfreeze(optimizer, names)
+
+
+def _make_plan(engine: DeepSpeedEngine, reader: CheckpointReader, request: LoadRequest) -> _Plan:
+    optimizer, ours = engine.optimizer, untrained_tensors(engine)
+    plan = _Plan(numbers=_numbers(optimizer, reader) if optimizer is not None and request.optimizer_states else {})
     for shard in optimizer.shards if optimizer is not None else ():
-        # Of the whole bucket: a slice that is padding alone steps too, and has states.
-        names = {placement.spec.name for placement in shard.bucket.placements}
-        kinds = reader.kinds(names) if request.optimizer_states else {WEIGHT}
+        kinds = {WEIGHT} if request.load_module is None else set()
+        if request.optimizer_states:
+            kinds = kinds.union(*(reader.kinds(f.spec.name) - {WEIGHT} for f in shard.fragments))
         plan.slices.append({kind: _fills(reader, kind, shard) for kind in sorted(kinds)})
-    for name in ours.keys() & reader.shapes.keys():
-        plan.tensors[name] = [_Fill(0, tuple(reader.parts(WEIGHT, name, 0, ours[name].numel())))]
+    for shard in engine.sharded_model.frozen_shards if request.load_module is None else ():
+        plan.frozen.append(_fills(reader, WEIGHT, shard))
+    for name in reader.shapes.keys() & ours.keys() if request.load_module is None else reader.shapes:
+        plan.tensors[name] = [_Fill(0, tuple(reader.parts(WEIGHT, name, 0, prod(reader.shapes[name]))))]
     return plan
 
 
 def _fills(reader: CheckpointReader, kind: str, shard: FlatShard) -> list[_Fill]:
-    fragments = [f for f in shard.fragments if f.spec.name in reader.shapes and kind in reader.kinds([f.spec.name])]
+    def stored(name: str) -> bool:
+        return name in reader.shapes if kind == WEIGHT else kind in reader.kinds(name)
+
+    fragments = [fragment for fragment in shard.fragments if stored(fragment.spec.name)]
     return [_Fill(f.slice_start, tuple(reader.parts(kind, f.spec.name, f.parameter_start, f.numel))) for f in fragments]
+
+
+def _numbers(optimizer: ShardedOptimizer, reader: CheckpointReader) -> dict[str, dict[str, Any]]:
+    """The states of each parameter that are numbers, by its name."""
+    saved = reader.index["optimizer"]
+    if "parameters" in saved:
+        return {name: entry["numbers"] for entry in saved["parameters"] for name in entry["names"]}
+    # A checkpoint from before parameters had numbers of their own has those of each group, equal in all of it.
+    group_of = {name: bucket.group for name, (bucket, _) in optimizer.flat.layout.homes.items()}
+    return {name: saved["numbers"][group] for name, group in group_of.items() if reader.kinds(name) > {WEIGHT}}
 
 
 def _of_another_model(reader: CheckpointReader, ours: dict[str, tuple[int, ...]], strict: bool) -> list[str]:
@@ -142,33 +190,69 @@ def _of_another_optimizer(reader: CheckpointReader, optimizer: ShardedOptimizer)
 @torch.no_grad()
 def _install(engine: DeepSpeedEngine, reader: CheckpointReader, plan: _Plan, request: LoadRequest) -> None:
     optimizer, index = engine.optimizer, reader.index
+    engine.sharded_model.scopes.fetcher.release_idle()
     if optimizer is not None:
         optimizer.zero_grad()
+    if request.load_module is not None:
+        _load_module(engine, reader, request.load_module)
+    else:
+        _install_weights(engine, reader, plan)
+    if optimizer is not None and request.optimizer_states:
         for shard, kinds in zip(optimizer.shards, plan.slices, strict=True):
-            _fill(shard.tensor, kinds.pop(WEIGHT, []), reader)
-            if request.optimizer_states:
-                _install_state(optimizer, shard, kinds, reader)
-        if request.optimizer_states:
-            _install_options(optimizer, index["optimizer"])
+            _install_state(optimizer, shard, kinds, plan.numbers, reader)
+        _install_options(optimizer, index["optimizer"])
+    if optimizer is not None:
         optimizer.flat.parameters_from_masters(optimizer.communicator)
+    if request.counters:
+        for name, value in index["counters"].items():
+            setattr(engine.counters, name, value)
+    if request.scheduler_states and index["scheduler"] is not None:
+        _install_schedule(engine.lr_scheduler, index["scheduler"])
+
+
+def _install_schedule(scheduler: Any, saved: dict[str, Any]) -> None:
+    if not hasattr(scheduler, "load_state_dict"):
+        return
+    if saved["type"] == type(scheduler).__name__:
+        scheduler.load_state_dict(saved["state"])
+    else:
+        logger.warning(
+            "the schedule is not loaded: the checkpoint's is %s, this engine's %s", saved["type"], type(scheduler).__name__
+        )
+
+
+def _install_weights(engine: DeepSpeedEngine, reader: CheckpointReader, plan: _Plan) -> None:
+    for shard, kinds in zip(engine.optimizer.shards if engine.optimizer is not None else (), plan.slices, strict=True):
+        _fill(shard.tensor, kinds[WEIGHT], reader)
+    for shard, fills in zip(engine.sharded_model.frozen_shards, plan.frozen, strict=True):
+        _fill(shard.tensor, fills, reader)
     for name, tensor in untrained_tensors(engine).items():
         if name in plan.tensors:
             whole = torch.empty(tensor.numel(), dtype=tensor.dtype)
             _fill(whole, plan.tensors[name], reader)
             tensor.copy_(whole.view(tensor.shape))
-    if request.counters:
-        for name, value in index["counters"].items():
-            setattr(engine.counters, name, value)
-    scheduler = engine.lr_scheduler
-    if request.scheduler_states and hasattr(scheduler, "load_state_dict") and index["scheduler"] is not None:
-        if index["scheduler"]["type"] == type(scheduler).__name__:
-            scheduler.load_state_dict(index["scheduler"]["state"])
-        else:
-            logger.warning(
-                "the schedule is not loaded: the checkpoint's is %s, this engine's %s",
-                index["scheduler"]["type"],
-                type(scheduler).__name__,
-            )
+
+
+def _load_module(engine: DeepSpeedEngine, reader: CheckpointReader, load: Callable[..., object]) -> None:
+    """Let the user's function load the weights. The masters take over what it wrote, in fp32."""
+    module, optimizer, communicator = engine.module, engine.optimizer, engine.communicator
+    state = OrderedDict((name, reader.whole(name)) for name in reader.shapes)
+    state.update((name, state[stored]) for name, stored in reader.index.get("tied", {}).items() if stored in state)
+    if optimizer is None:
+        on_all_ranks(lambda: load(src=state, dst=module), "custom_load_fn", communicator)
+        return
+    flat = optimizer.flat
+
+    def checked() -> None:
+        load(src=state, dst=module)
+        now = dict(module.named_parameters())
+        for name, (_, placement) in flat.layout.homes.items():
+            if now.get(name) is not flat.parameters[name] or tuple(now[name].shape) != placement.spec.shape:
+                raise CheckpointError(f"custom_load_fn replaced or reshaped the parameter {name}: write into it instead")
+
+    frozen = GatheredParameters(engine.sharded_model.frozen.parameters, modifier_rank=0)
+    with flat.detached(communicator), frozen:
+        on_all_ranks(checked, "custom_load_fn", communicator)
 
 
 def _fill(target: Tensor, fills: list[_Fill], reader: CheckpointReader) -> None:
@@ -180,19 +264,30 @@ def _fill(target: Tensor, fills: list[_Fill], reader: CheckpointReader) -> None:
 
 
 def _install_state(
-    optimizer: ShardedOptimizer, shard: FlatShard, kinds: dict[str, list[_Fill]], reader: CheckpointReader
+    optimizer: ShardedOptimizer,
+    shard: FlatShard,
+    kinds: dict[str, list[_Fill]],
+    numbers: dict[str, dict[str, Any]],
+    reader: CheckpointReader,
 ) -> None:
-    numbers = reader.index["optimizer"]["numbers"][shard.bucket.group]
-    state: dict[str, Any] = {
-        key: torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"])) if isinstance(value, dict) else value
-        for key, value in numbers.items()
-    }
-    optimizer.state.pop(shard.tensor, None)
-    for kind, fills in kinds.items():
-        state[kind] = torch.zeros_like(shard.tensor)
-        _fill(state[kind], fills, reader)
-    if state:
-        optimizer.state[shard.tensor] = state
+    """Give a slice its states, cut where parameters had different ones."""
+    flats = {kind: torch.zeros_like(shard.tensor) for kind in kinds if kind != WEIGHT}
+    for kind, flat in flats.items():
+        _fill(flat, kinds[kind], reader)
+
+    def states(fragment: Fragment) -> tuple[dict[str, Any], list[str]]:
+        name = fragment.spec.name
+        return numbers.get(name, {}), [kind for kind in flats if kind in reader.kinds(name)]
+
+    for segment in optimizer.segments.recut(shard, cuts(shard.fragments, states)):
+        own, elementwise = states(segment.fragments[0]) if segment.fragments else ({}, [])
+        state = {key: _number(value) for key, value in own.items()} | {k: flats[k][segment.where] for k in elementwise}
+        if state:
+            optimizer.state[segment.tensor] = state
+
+
+def _number(value: Any) -> Any:
+    return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"])) if isinstance(value, dict) else value
 
 
 def _install_options(optimizer: ShardedOptimizer, saved: dict[str, Any]) -> None:

@@ -13,18 +13,33 @@ from torch import Tensor, nn
 from ..checkpoint.directory import on_all_ranks
 from ..checkpoint.utils import clone_tensors_for_torch_save
 from ..comm.communicator import Communicator
+from ..zero.sharding import ShardedModel
 
 
 def consolidated_state_dict(
-    module: nn.Module, communicator: Communicator, *, exclude_frozen_parameters: bool = False
+    module: nn.Module, model: ShardedModel, communicator: Communicator, *, exclude_frozen_parameters: bool = False
 ) -> OrderedDict[str, Tensor] | None:
-    """On rank 0 the module's state dict on CPU, tied tensors shared; None on the others. Called on all ranks."""
+    """On rank 0 the module's state dict on CPU, tied tensors shared; None on the others. Called on all ranks. Sharded
+    parameters are gathered unit by unit."""
+    gathered = _gathered_on_first_rank(model, communicator)
     if communicator.rank != 0:
         return None
     left_out = frozen_parameters(module) if exclude_frozen_parameters else set()
-    state = OrderedDict((name, value) for name, value in module.state_dict().items() if name not in left_out)
-    cloned: OrderedDict[str, Tensor] = clone_tensors_for_torch_save(state)
-    return cloned
+    state = OrderedDict((name, value) for name, value in module.state_dict(keep_vars=True).items() if name not in left_out)
+    whole = {name: value for name, value in state.items() if id(value) not in gathered}
+    copies = clone_tensors_for_torch_save(whole)
+    return OrderedDict((name, gathered[id(value)] if id(value) in gathered else copies[name]) for name, value in state.items())
+
+
+def _gathered_on_first_rank(model: ShardedModel, communicator: Communicator) -> dict[int, Tensor]:
+    """Copies on CPU of the sharded parameters, by identity; none on the other ranks."""
+    copies = {}
+    for unit in model.scopes.fetcher.units:
+        unit.hold()
+        if communicator.rank == 0:
+            copies.update({id(p): p.detach().to("cpu", copy=True) for p in unit.parameters()})
+        unit.let_go()
+    return copies
 
 
 def frozen_parameters(module: nn.Module) -> set[str]:

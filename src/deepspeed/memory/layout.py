@@ -139,6 +139,10 @@ class FlatLayout:
         """
         if shards < 1:
             raise ValueError(f"a layout needs at least one shard, got {shards}")
+        return FlatLayout((), shards).extended(parameters, bucket_numel=bucket_numel)
+
+    def extended(self, parameters: Iterable[ParameterSpec], *, bucket_numel: int) -> FlatLayout:
+        """This layout with further ``parameters`` in buckets of their own behind the others, which stay as they are."""
         filling: dict[tuple[int | None, int, str], _Filling] = {}
         buckets: list[_Filling] = []
         for position, spec in enumerate(reversed(list(parameters))):
@@ -151,7 +155,8 @@ class FlatLayout:
             filling[key].placements.append(Placement(spec, start))
             filling[key].completed_by = position
         buckets.sort(key=lambda bucket: bucket.completed_by)
-        return FlatLayout(tuple(_close(index, b.placements, shards) for index, b in enumerate(buckets)), shards)
+        further = (_close(index, b.placements, self.shards) for index, b in enumerate(buckets, len(self.buckets)))
+        return FlatLayout((*self.buckets, *further), self.shards)
 
     @cached_property
     def homes(self) -> Mapping[str, tuple[Bucket, Placement]]:

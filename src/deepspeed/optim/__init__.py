@@ -18,7 +18,8 @@ from .schedules import (
     WarmupLR,
     build_scheduler,
 )
-from .sharding import FlatShard, ShardUpdate, Stepper, has_stepped, make_stepper, refuse_unsuited
+from .segments import FlatShard, Segment, Segments
+from .sharding import ShardUpdate, Stepper, has_stepped, make_stepper, refuse_unsuited
 
 __all__ = [
     "VALID_LR_SCHEDULES",
@@ -34,6 +35,8 @@ __all__ = [
     "NoLossScaler",
     "OneCycle",
     "Schedule",
+    "Segment",
+    "Segments",
     "ShardUpdate",
     "StaticLossScaler",
     "Stepper",

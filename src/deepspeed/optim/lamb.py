@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..comm.communicator import Communicator
-from .sharding import FlatShard
+from .segments import Segments
 
 
 class Lamb(torch.optim.Optimizer):
@@ -53,12 +53,12 @@ class Lamb(torch.optim.Optimizer):
             "eps_inside_sqrt": eps_inside_sqrt,
         }
         super().__init__(params, defaults)
-        self._shards: dict[Tensor, FlatShard] = {}
+        self._segments: Segments | None = None
         self._communicator: Communicator | None = None
 
-    def bind(self, shards: Sequence[FlatShard], communicator: Communicator) -> None:
-        """Learn the slices in the parameter groups, and the ranks that hold the rest."""
-        self._shards = {shard.tensor: shard for shard in shards}
+    def bind(self, segments: Segments, communicator: Communicator) -> None:
+        """Learn the segments in the parameter groups, and the ranks that hold the rest."""
+        self._segments = segments
         self._communicator = communicator
 
     @torch.no_grad()
@@ -106,23 +106,22 @@ class Lamb(torch.optim.Optimizer):
 
     def _parts(self, parameter: Tensor) -> list[tuple[object, slice]]:
         """The model's parameters within ``parameter``, by a key, and their elements."""
-        shard = self._shards.get(parameter)
-        if shard is None:
+        segment = self._segments.holding(parameter) if self._segments is not None else None
+        if segment is None:
             return [(parameter, slice(0, parameter.numel()))]
-        return [(fragment.spec.name, fragment.slice_range) for fragment in shard.fragments]
+        return [(fragment.spec.name, segment.part(fragment)) for fragment in segment.fragments]
 
     def _norms(self, stepped: Sequence[tuple[dict[str, Any], Tensor]]) -> dict[object, tuple[float, float]]:
         """The norms of each whole parameter and of its direction, by the keys of ``_parts``."""
-        names = [p.spec.name for shard in self._shards.values() for p in shard.bucket.placements]
+        shards = self._segments.shards if self._segments is not None else ()
+        names = [p.spec.name for shard in shards for p in shard.bucket.placements]
         squares: dict[object, tuple[float, float]] = dict.fromkeys(names, (0.0, 0.0))
         for group, parameter in stepped:
             direction = self._direction(group, parameter).view(-1)
             for key, where in self._parts(parameter):
                 squares[key] = _square(parameter.reshape(-1)[where]), _square(direction[where])
-        sharded = any(shard.bucket.shards > 1 for shard in self._shards.values())
-        if sharded and self._communicator is not None:
-            device = next(iter(self._shards)).device
-            values = torch.tensor([squares[name] for name in names], dtype=torch.float64, device=device)
+        if any(shard.bucket.shards > 1 for shard in shards) and self._communicator is not None:
+            values = torch.tensor([squares[name] for name in names], dtype=torch.float64, device=shards[0].tensor.device)
             total = self._communicator.sum_in_rank_order(values.view(-1)).view(-1, 2).tolist()
             squares.update({name: (first, second) for name, (first, second) in zip(names, total, strict=True)})
         return {key: (math.sqrt(first), math.sqrt(second)) for key, (first, second) in squares.items()}

@@ -5,7 +5,7 @@ Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks"
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..comm.communicator import Communicator
 from .adam import update_with_adam
-from .sharding import FlatShard
+from .segments import FlatShard, Segments
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """The quintic iteration's coefficients: the steepest at zero that keep singular values within about [0.7, 1.2]."""
@@ -87,12 +87,12 @@ class Muon(torch.optim.Optimizer):
             "adam_w_mode": True,
         }
         super().__init__(split, defaults)
-        self._shards: dict[Tensor, FlatShard] = {}
+        self._segments: Segments | None = None
         self._communicator: Communicator | None = None
 
-    def bind(self, shards: Sequence[FlatShard], communicator: Communicator) -> None:
-        """Learn the slices in the parameter groups, and the ranks that hold the rest."""
-        self._shards = {shard.tensor: shard for shard in shards}
+    def bind(self, segments: Segments, communicator: Communicator) -> None:
+        """Learn the segments in the parameter groups, and the ranks that hold the rest."""
+        self._segments = segments
         self._communicator = communicator
 
     @torch.no_grad()
@@ -102,14 +102,17 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
+            if group["use_muon"] and self._segments is not None:
+                for shard in self._segments.shards:
+                    if shard.bucket.group == index:
+                        self._step_slice(group, shard, self._segments)
+                continue
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 if not group["use_muon"]:
                     update_with_adam(self.state[parameter], group, parameter, parameter.grad, 1.0, None)
-                elif parameter in self._shards:
-                    self._step_slice(group, self._shards[parameter], parameter.grad)
                 else:
                     update = self._momentum_update(group, parameter, parameter.grad)
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -123,20 +126,27 @@ class Muon(torch.optim.Optimizer):
         buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         return torch.lerp(gradient, buffer, group["momentum"]) if group["nesterov"] else buffer.clone()
 
-    def _step_slice(self, group: dict[str, Any], shard: FlatShard, gradient: Tensor) -> None:
-        bucket, own = shard.bucket, shard.tensor
-        whole = own.new_zeros(bucket.numel)
-        whole[bucket.slice_range(shard.shard)] = self._momentum_update(group, own, gradient)
+    def _step_slice(self, group: dict[str, Any], shard: FlatShard, segments: Segments) -> None:
+        bucket = shard.bucket
+        # Also where nothing here has a gradient: another rank needs this one's part of the matrices that both share.
+        whole = shard.tensor.new_zeros(bucket.numel)
+        own = whole[bucket.slice_range(shard.shard)]
+        stepped = []
+        for segment in segments.of(shard):
+            if segment.tensor.grad is not None:
+                own[segment.where] = self._momentum_update(group, segment.tensor, segment.tensor.grad)
+                stepped.append(segment)
         if bucket.shards > 1 and self._communicator is not None:
             self._communicator.all_gather(whole).wait()
         starts = {placement.spec.name: placement.start for placement in bucket.placements}
-        for fragment in shard.fragments:
-            start = starts[fragment.spec.name]
-            matrix = whole[start : start + fragment.spec.numel].view(fragment.spec.shape)
-            stop = fragment.parameter_start + fragment.numel
-            direction = _direction(matrix, group["ns_steps"]).reshape(-1)[fragment.parameter_start : stop]
-            part = own[fragment.slice_range]
-            part.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
+        for segment in stepped:
+            for fragment in segment.fragments:
+                start = starts[fragment.spec.name]
+                matrix = whole[start : start + fragment.spec.numel].view(fragment.spec.shape)
+                stop = fragment.parameter_start + fragment.numel
+                direction = _direction(matrix, group["ns_steps"]).reshape(-1)[fragment.parameter_start : stop]
+                part = segment.tensor[segment.part(fragment)]
+                part.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
 
 
 def split_by_muon(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

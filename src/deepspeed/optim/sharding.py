@@ -7,23 +7,23 @@ A :class:`Stepper` applies one optimizer step to all slices of a rank. There are
 - torch's elementwise optimizers step slice by slice: an update of one element depends on no other, so a slice is as
   good as a parameter;
 - any other optimizer takes one step over all slices at once. One that needs whole parameters (norms, matrices) says so
-  by a method ``bind(shards, communicator)``.
+  by a method ``bind(segments, communicator)``.
+
+Each steps the slices by their :mod:`.segments`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..comm.communicator import Communicator
-from ..memory.layout import Bucket, Fragment
+from .segments import FlatShard, Segments
 
 ELEMENTWISE: tuple[type[torch.optim.Optimizer], ...] = (
     torch.optim.SGD,
@@ -50,33 +50,19 @@ UNSUITED: dict[str, str] = {
 
 
 @dataclass(frozen=True)
-class FlatShard:
-    """``tensor`` (1-D, fp32) is ``shard``'s slice of ``bucket``, as the inner optimizer's parameter groups hold it."""
-
-    tensor: Tensor
-    bucket: Bucket
-    shard: int
-
-    @cached_property
-    def fragments(self) -> tuple[Fragment, ...]:
-        """The parts of parameters of which the slice is made."""
-        return self.bucket.fragments(self.shard)
-
-
-@dataclass(frozen=True)
 class ShardUpdate:
     """One slice's part in a step.
 
     ``gradient`` (1-D, any floating dtype) is the mean over ranks; it is consumed: a step may scale it in place.
     ``out`` is the 16-bit slice of the model's parameters that receives the updated values, None where ``shard.tensor``
-    is the parameter memory itself. The elements in ``untouched`` belong to parameters that got no gradient on any
-    rank: they and their states stay as they are, as in a plain optimizer that finds ``grad`` None.
+    is the parameter memory itself. The parameters named ``unused`` got no gradient on any rank: they, their states and
+    their step numbers stay as they are, as in a plain optimizer that finds ``grad`` None.
     """
 
     shard: FlatShard
     gradient: Tensor
     out: Tensor | None
-    untouched: tuple[slice, ...] = ()
+    unused: Collection[str] = ()
 
 
 class Stepper(Protocol):
@@ -91,7 +77,7 @@ class Stepper(Protocol):
 
 @runtime_checkable
 class ShardStepping(Protocol):
-    """An optimizer that updates one slice in one pass."""
+    """An optimizer that updates a slice, or a segment of one, in one pass."""
 
     def step_shard(self, shard: Tensor, gradient: Tensor, *, gradient_scale: float, out: Tensor | None) -> None:
         """Update ``shard``, an element of the optimizer's parameter groups, and write it to ``out`` where given."""
@@ -101,26 +87,22 @@ class ShardStepping(Protocol):
 class WholeParameterStepping(Protocol):
     """An optimizer that needs to know which parameters its slices are parts of."""
 
-    def bind(self, shards: Sequence[FlatShard], communicator: Communicator) -> None:
-        """Learn the slices in the parameter groups, and the ranks that hold the rest."""
+    def bind(self, segments: Segments, communicator: Communicator) -> None:
+        """Learn the segments in the parameter groups, which may be cut further later, and the ranks that hold the
+        rest."""
 
 
-def make_stepper(
-    optimizer: torch.optim.Optimizer, shards: Sequence[FlatShard], communicator: Communicator
-) -> Stepper:
-    """The stepper for an optimizer whose parameter groups hold the tensors of ``shards``.
-
-    Raises ValueError for an optimizer that cannot step on slices.
-    """
+def make_stepper(segments: Segments, communicator: Communicator) -> Stepper:
+    """The stepper for the optimizer of ``segments``. Raises ValueError for one that cannot step on slices."""
+    optimizer = segments.optimizer
     refuse_unsuited(optimizer)
-    _adopt_states(optimizer, shards)
     if isinstance(optimizer, ShardStepping):
-        return _OnePass(optimizer, optimizer)
+        return _OnePass(segments, optimizer)
     if type(optimizer) in ELEMENTWISE:
-        return _SliceBySlice(optimizer)
+        return _SliceBySlice(segments)
     if isinstance(optimizer, WholeParameterStepping):
-        optimizer.bind(shards, communicator)
-    return _AllAtOnce(optimizer)
+        optimizer.bind(segments, communicator)
+    return _AllAtOnce(segments)
 
 
 def refuse_unsuited(optimizer: torch.optim.Optimizer) -> None:
@@ -141,98 +123,77 @@ def has_stepped(optimizer: torch.optim.Optimizer) -> bool:
     return any(float(state.get("step", 1)) > 0 for state in optimizer.state.values() if state)
 
 
-def _adopt_states(optimizer: torch.optim.Optimizer, shards: Sequence[FlatShard]) -> None:
-    """Drop states of parameters that the slices replace, and give the slices those that Adagrad expects to find."""
-    held = {id(shard.tensor) for shard in shards}
-    for parameter in [p for p in optimizer.state if id(p) not in held]:
-        del optimizer.state[parameter]
-    if isinstance(optimizer, torch.optim.Adagrad):
-        for group in optimizer.param_groups:
-            for tensor in group["params"]:
-                if not optimizer.state[tensor]:
-                    initial = torch.full_like(tensor, group["initial_accumulator_value"])
-                    optimizer.state[tensor] = {"step": torch.tensor(0.0), "sum": initial}
+@dataclass(frozen=True)
+class _Part:
+    """A :class:`ShardUpdate`, narrowed to a segment that steps."""
+
+    tensor: Tensor
+    gradient: Tensor
+    out: Tensor | None
+
+
+def _parts(segments: Segments, update: ShardUpdate) -> list[_Part]:
+    """The segments of a slice that step: those of parameters with a gradient, after a cut where that makes a difference."""
+    if update.unused:
+        segments.separate(update.shard, update.unused)
+    return [
+        _Part(segment.tensor, update.gradient[segment.where], None if update.out is None else update.out[segment.where])
+        for segment in segments.of(update.shard)
+        if not segment.idle(update.unused)
+    ]
 
 
 class _OnePass:
-    def __init__(self, optimizer: torch.optim.Optimizer, stepping: ShardStepping):
-        self._optimizer = optimizer
+    def __init__(self, segments: Segments, stepping: ShardStepping):
+        self._segments = segments
         self._stepping = stepping
 
     def step(
         self, updates: Sequence[ShardUpdate], *, gradient_scale: float, finished: Callable[[FlatShard], None]
     ) -> None:
         for update in updates:
-            with _untouched(self._optimizer, update):
-                self._stepping.step_shard(
-                    update.shard.tensor, update.gradient, gradient_scale=gradient_scale, out=update.out
-                )
+            for part in _parts(self._segments, update):
+                self._stepping.step_shard(part.tensor, part.gradient, gradient_scale=gradient_scale, out=part.out)
             finished(update.shard)
         # torch's schedulers look for this mark of a step() that came before theirs.
-        self._optimizer._opt_called = True  # type: ignore[attr-defined]
+        self._segments.optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 class _SliceBySlice:
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        self._optimizer = optimizer
+    def __init__(self, segments: Segments):
+        self._segments = segments
 
     def step(
         self, updates: Sequence[ShardUpdate], *, gradient_scale: float, finished: Callable[[FlatShard], None]
     ) -> None:
         for update in updates:
-            _step_on(self._optimizer, [update], gradient_scale)
+            _step_on(self._segments.optimizer, _parts(self._segments, update), gradient_scale)
             finished(update.shard)
 
 
 class _AllAtOnce:
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        self._optimizer = optimizer
+    def __init__(self, segments: Segments):
+        self._segments = segments
 
     def step(
         self, updates: Sequence[ShardUpdate], *, gradient_scale: float, finished: Callable[[FlatShard], None]
     ) -> None:
-        _step_on(self._optimizer, updates, gradient_scale)
+        parts = [part for update in updates for part in _parts(self._segments, update)]
+        _step_on(self._segments.optimizer, parts, gradient_scale)
         for update in updates:
             finished(update.shard)
 
 
-def _step_on(optimizer: torch.optim.Optimizer, updates: Sequence[ShardUpdate], gradient_scale: float) -> None:
-    """One plain step of ``optimizer`` on the slices of ``updates``; the others have no gradient and are left alone."""
-    for update in updates:
-        gradient = update.gradient.to(update.shard.tensor.dtype)
-        update.shard.tensor.grad = gradient.mul_(gradient_scale) if gradient_scale != 1.0 else gradient
+def _step_on(optimizer: torch.optim.Optimizer, parts: Sequence[_Part], gradient_scale: float) -> None:
+    """One plain step of ``optimizer`` on ``parts``; its other segments have no gradient and are left alone."""
+    for part in parts:
+        gradient = part.gradient.to(part.tensor.dtype)
+        part.tensor.grad = gradient.mul_(gradient_scale) if gradient_scale != 1.0 else gradient
     try:
-        with _untouched(optimizer, *updates):
-            optimizer.step()
+        optimizer.step()
     finally:
-        for update in updates:
-            update.shard.tensor.grad = None
-    for update in updates:
-        if update.out is not None:
-            update.out.copy_(update.shard.tensor)
-
-
-@contextmanager
-def _untouched(optimizer: torch.optim.Optimizer, *updates: ShardUpdate) -> Iterator[None]:
-    """Put parameters and states back as they were at each update's ``untouched`` elements.
-
-    States that a step creates there are zeroed: they are as a first step later will find them.
-    """
-    saved = []
-    for update in updates:
-        for where in update.untouched:
-            tensors = [(None, update.shard.tensor), *_elementwise_states(optimizer, update.shard.tensor).items()]
-            saved.append((update, where, {key: tensor[where].clone() for key, tensor in tensors}))
-    yield
-    for update, where, values in saved:
-        shard = update.shard.tensor
-        shard[where] = values[None]
-        for key, tensor in _elementwise_states(optimizer, shard).items():
-            tensor[where] = values.get(key, torch.zeros((), dtype=tensor.dtype))
-        if update.out is not None:
-            update.out[where] = shard[where].to(update.out.dtype)
-
-
-def _elementwise_states(optimizer: torch.optim.Optimizer, shard: Tensor) -> dict[str | None, Tensor]:
-    state = optimizer.state.get(shard, {})
-    return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.shape == shard.shape}
+        for part in parts:
+            part.tensor.grad = None
+    for part in parts:
+        if part.out is not None:
+            part.out.copy_(part.tensor)

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from .external import register_external_parameter, unregister_external_parameter
 from .gathered import GatheredParameters
+from .init import Init
 from .released import ZeroParamStatus
 
-__all__ = ["GatheredParameters", "ZeroParamStatus", "register_external_parameter", "unregister_external_parameter"]
+__all__ = [
+    "GatheredParameters",
+    "Init",
+    "ZeroParamStatus",
+    "register_external_parameter",
+    "unregister_external_parameter",
+]

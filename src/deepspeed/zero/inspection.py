@@ -23,16 +23,17 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..memory.layout import Bucket, Fragment, Placement
+from ..optim.segments import is_elementwise
 from .optimizer import ShardedOptimizer
 
 _OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""For each trained parameter a weak reference to its optimizer, and its name there."""
+"""For each such parameter a weak reference to its optimizer, and its name there."""
 
 
 def make_inspectable(optimizer: ShardedOptimizer) -> None:
-    """Let the functions of this module find ``optimizer`` by the parameters that it trains."""
+    """Let the functions of this module find ``optimizer`` by the parameters that it trains, or may train later."""
     reference = weakref.ref(optimizer)
-    for name, parameter in optimizer.flat.parameters.items():
+    for name, parameter in {**optimizer.flat.parameters, **optimizer.frozen.waiting}.items():
         _OWNERS[parameter] = reference, name
 
 
@@ -55,12 +56,12 @@ def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
     """The optimizer's state ``optim_state_key`` (``exp_avg``, say) of ``param``, in its shape; 0-dim for a state that
     is one number. None for a parameter that is not trained. Raises KeyError, with the keys that there are, for another
-    key."""
+    key, and for a parameter that has had no gradient yet."""
     home = _find(param)
     if home is None:
         return None
     state = home.state(optim_state_key)
-    return state.clone() if not state.dim() else _gathered([home], [home.own_part(state)])[0]
+    return state.clone() if not state.dim() else _gathered([home], [_wide_copy(state)])[0]
 
 
 @torch.no_grad()
@@ -86,7 +87,7 @@ def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_stat
     Raises KeyError for a key that the optimizer does not have."""
     home = _found(param)
     whole = home.checked(value, home.shape)
-    home.set_own_part(home.elementwise_state(optim_state_key), home.part_of(whole))
+    home.elementwise_state(optim_state_key).copy_(home.part_of(whole))
 
 
 @torch.no_grad()
@@ -127,7 +128,7 @@ def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) ->
     if home is None:
         return None
     state = home.state(optim_state_key)
-    return state.clone() if not state.dim() else home.own_part(state)
+    return state.clone() if not state.dim() else _wide_copy(state)
 
 
 @torch.no_grad()
@@ -151,7 +152,7 @@ def safe_set_local_optimizer_state(param: nn.Parameter, value: Tensor, optim_sta
     """Set this rank's part of the optimizer's state ``optim_state_key`` of ``param``. Raises KeyError for a key that
     the optimizer does not have."""
     home = _found(param)
-    home.set_own_part(home.elementwise_state(optim_state_key), home.checked(value, home.local_shape))
+    home.elementwise_state(optim_state_key).copy_(home.checked(value, home.local_shape))
 
 
 # -- where a parameter's values lie --------------------------------------------------------------------------------------
@@ -190,8 +191,7 @@ class _Home:
 
     def own_part(self, flat: Tensor) -> Tensor:
         """A copy, in at least fp32, of what ``flat``, a slice of the bucket, has of the parameter."""
-        part = flat[self.fragment.slice_range] if self.fragment is not None else flat[:0]
-        return part.detach().to(torch.promote_types(flat.dtype, torch.float32), copy=True)
+        return _wide_copy(flat[self.fragment.slice_range] if self.fragment is not None else flat[:0])
 
     def set_own_part(self, flat: Tensor, values: Tensor) -> None:
         if self.fragment is not None:
@@ -216,26 +216,60 @@ class _Home:
         return value.detach()
 
     def state(self, key: str) -> Tensor:
-        states = self.optimizer.state.get(self.master, {})
-        if not isinstance(states.get(key), Tensor):
-            known = ", ".join(k for k, v in states.items() if isinstance(v, Tensor))
+        """This rank's part of a state, 1-D, its own memory; 0-dim for a state that is one number. A collective call."""
+        if not self.placement.spec.numel:
+            return self.master[:0]
+        states = self._states()
+        if key not in states:
             kind = type(self.optimizer.optimizer).__name__
-            has = f"it has {known}" if known else "it has none before its first step"
+            has = f"it has {', '.join(states)}" if states else "it has none before its first step"
             raise KeyError(f"{self.name}: the optimizer {kind} has no state '{key}'; {has}")
-        state: Tensor = states[key]
-        return state
+        return states[key]
 
     def elementwise_state(self, key: str) -> Tensor:
         state = self.state(key)
-        if state.shape != self.master.shape:
+        if not state.dim():
             raise KeyError(f"{self.name}: the state '{key}' is one for many parameters; it cannot be set for one alone")
         return state
+
+    def _states(self) -> dict[str, Tensor]:
+        """All states of the parameter. A rank that owns nothing of it learns their names and numbers from one that does."""
+        mine = self._own_states()
+        if not self.optimizer.policy.shard_optimizer:
+            return mine or {}
+        known = {key: _empty_or_number(value) for key, value in mine.items()} if mine is not None else None
+        everyone = self.optimizer.communicator.gather_objects(known)
+        if mine is not None:
+            return mine
+        theirs: dict[str, Tensor] = next((states for states in everyone if states is not None), {})
+        return {key: value.to(self.master.device) for key, value in theirs.items()}
+
+    def _own_states(self) -> dict[str, Tensor] | None:
+        if self.fragment is None:
+            return None
+        segments = self.optimizer.segments.of(self.optimizer.shards[self.bucket.index])
+        segment = next(s for s in segments if self.fragment in s.fragments)
+        states = self.optimizer.state.get(segment.tensor, {})
+        return {
+            key: value[segment.part(self.fragment)] if is_elementwise(value, segment.tensor) else value
+            for key, value in states.items()
+            if isinstance(value, Tensor)
+        }
+
+
+def _empty_or_number(state: Tensor) -> Tensor:
+    return torch.empty(0, dtype=state.dtype) if state.dim() else state.cpu()
+
+
+def _wide_copy(part: Tensor) -> Tensor:
+    """A copy in at least fp32."""
+    return part.detach().to(torch.promote_types(part.dtype, torch.float32), copy=True)
 
 
 def _find(param: nn.Parameter) -> _Home | None:
     reference, name = _OWNERS.get(param, (None, ""))
     optimizer = reference() if reference is not None else None
-    if optimizer is None or not optimizer.shards:
+    if optimizer is None or not optimizer.shards or name not in optimizer.flat.layout.homes:
         return None
     bucket, placement = optimizer.flat.layout.homes[name]
     return _Home(optimizer, bucket, placement)

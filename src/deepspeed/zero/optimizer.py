@@ -2,12 +2,14 @@
 
 The step, in order:
 
-1. all ranks agree on the gradients' norm and on whether they are finite (:mod:`.summary`);
+1. all ranks agree on the gradients' norm and on whether they are finite (:mod:`.summary`), after late gradients and those
+   of parameters that were unfrozen (:mod:`.unfreezing`) are reduced too;
 2. a non-finite gradient skips the step and is reported, with the parameter; the loss scale adapts;
 3. unscaling and clipping become one factor, folded into the optimizer's own pass over memory;
 4. bucket by bucket: the inner optimizer steps the slice, and the bucket's all-gather starts while the next one steps.
 
-The inner ``torch.optim`` optimizer holds the flat slices in place of the model's parameters.
+The inner ``torch.optim`` optimizer holds the flat slices in place of the model's parameters, cut into segments where
+parameters have taken different steps (:mod:`deepspeed.optim.segments`).
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ from torch import Tensor
 from ..comm.communicator import Communicator, Pending
 from ..memory.layout import Bucket
 from ..optim.loss_scaling import LossScaler
-from ..optim.sharding import FlatShard, ShardUpdate, make_stepper
+from ..optim.segments import FlatShard, Segments
+from ..optim.sharding import ShardUpdate, make_stepper
 from .parameters import FlatParameters
 from .policy import ZeroPolicy
 from .reducer import GradientReducer
 from .summary import GradientSummary, summarize
+from .unfreezing import FrozenParameters, unfreeze
 
 logger = logging.getLogger("DeepSpeed")
 
@@ -47,6 +51,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
 class ShardedOptimizer(DeepSpeedOptimizer):
     """A torch optimizer whose states, and as the policy says gradients, are sharded over ranks.
 
+    ``settle`` is called before parameters change: what was gathered of them must not outlive the change.
     ``param_groups``, ``state`` and ``defaults`` are the inner optimizer's, live: schedulers built on either one act on
     both.
     """
@@ -57,30 +62,32 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         flat: FlatParameters,
         reducer: GradientReducer,
         *,
+        frozen: FrozenParameters,
         scaler: LossScaler,
         clip: float,
         overlap: bool,
+        settle: Callable[[], None] = lambda: None,
     ):
         self.optimizer = optimizer
         self.flat = flat
         self.reducer = reducer
+        self.frozen = frozen
         self.scaler = scaler
         self.clip = clip
         self.outcome: StepOutcome | None = None
         self._overlap = overlap
+        self._settle = settle
         self._steps = 0
-        self._names = tuple(flat.layout.homes)
         self.shards = tuple(FlatShard(flat.masters[bucket.index], bucket, flat.shard) for bucket in flat.layout.buckets)
         self._given = [group["params"] for group in optimizer.param_groups]
-        for index, group in enumerate(optimizer.param_groups):
-            group["params"] = [shard.tensor for shard in self.shards if shard.bucket.group == index]
-        self._stepper = make_stepper(optimizer, self.shards, reducer.communicator)
+        self.segments = Segments(optimizer, self.shards)
+        self._stepper = make_stepper(self.segments, reducer.communicator)
 
     # -- the inner optimizer's face; class-level so that wrappers without our __dict__ keep it -----------------------
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimizer's parameter groups; their ``params`` are flat slices."""
+        """The inner optimizer's parameter groups; their ``params`` are flat slices, or segments of them."""
         return self.optimizer.param_groups
 
     @param_groups.setter
@@ -89,7 +96,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
 
     @property
     def state(self) -> Any:
-        """The inner optimizer's state, by slice."""
+        """The inner optimizer's state, by slice or segment."""
         return self.optimizer.state
 
     @state.setter
@@ -145,6 +152,9 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         """
         if closure is not None:
             raise ValueError("a sharded optimizer steps on reduced gradients and cannot re-evaluate a closure")
+        if self.communicator.rank == 0:
+            self.frozen.warn_of_unoptimized()
+        self._settle()
         summary = self._agree()
         norm = summary.norm / self.scaler.scale
         self._steps += 1
@@ -159,6 +169,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
         self.reducer.clear()
+        self.frozen.forget_gradients()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the slices are laid out once, at ``initialize``."""
@@ -169,6 +180,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         size and stage must be the same; ``save_checkpoint`` has no such limit."""
         return {
             "optimizer": self.optimizer.state_dict(),
+            "segments": [[segment.start for segment in self.segments.of(shard)] for shard in self.shards],
             "fp32_flat_groups": [shard.tensor.clone() for shard in self.shards],
             "scaler": self.scaler.state_dict(),
             "zero_stage": self.policy.stage,
@@ -182,6 +194,14 @@ class ShardedOptimizer(DeepSpeedOptimizer):
             raise ValueError(
                 f"this optimizer state is one of {theirs} slices, the engine has {ours}: use load_checkpoint, which reshapes"
             )
+        # The first segment starts with the slice; a state dict from before there were segments has one for each slice.
+        if len(state_dict["fp32_flat_groups"]) != len(self.shards):
+            raise ValueError(
+                f"this optimizer state has {len(state_dict['fp32_flat_groups'])} buckets, the engine {len(self.shards)}: other "
+                "parameters were frozen at initialize or unfrozen since. Use load_checkpoint, which goes by their names."
+            )
+        for shard, starts in zip(self.shards, state_dict.get("segments", [[0]] * len(self.shards)), strict=True):
+            self.segments.recut(shard, starts[1:])
         self.optimizer.load_state_dict(state_dict["optimizer"])
         for shard, saved in zip(self.shards, state_dict["fp32_flat_groups"], strict=True):
             shard.tensor.copy_(saved)
@@ -202,8 +222,13 @@ class ShardedOptimizer(DeepSpeedOptimizer):
     def _agree(self) -> GradientSummary:
         self.reducer.ensure_reduced()
         summary = self._summarize()
-        if any(summary.late):
-            self.reducer.reduce_late(summary.late)
+        late = list(summary.late)
+        if summary.unfrozen:
+            everyone = self.communicator.gather_objects(self.frozen.unfrozen())
+            unfreeze(self, {name for names in everyone for name in names})
+            late += [True] * (len(self.shards) - len(late))
+        if any(late):
+            self.reducer.reduce_late(late)
             summary = self._summarize()
         return summary
 
@@ -211,7 +236,8 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         return summarize(
             (gradient for _, gradient in self.reducer.gradients()),
             late=self.reducer.late(),
-            used=[name in self.reducer.used for name in self._names],
+            used=[name in self.reducer.used for name in self.flat.layout.homes],
+            unfrozen=bool(self.frozen.unfrozen()),
             counts=self.policy.shard_optimizer or self.communicator.rank == 0,
             communicator=self.communicator,
             device=self.flat.masters[0].device,
@@ -222,7 +248,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         return min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
 
     def _update(self, summary: GradientSummary, gradient_scale: float) -> None:
-        unused = {name for name, used in zip(self._names, summary.used, strict=True) if not used}
+        unused = frozenset(name for name, used in zip(self.flat.layout.homes, summary.used, strict=True) if not used)
         updates = [self._shard_update(shard, gradient, unused) for shard, (_, gradient) in self._gradients()]
         gathers: list[Pending] = []
 
@@ -238,15 +264,9 @@ class ShardedOptimizer(DeepSpeedOptimizer):
     def _gradients(self) -> Iterable[tuple[FlatShard, tuple[Bucket, Tensor]]]:
         return zip(self.shards, self.reducer.gradients(), strict=True)
 
-    def _shard_update(self, shard: FlatShard, gradient: Tensor, unused: set[str]) -> ShardUpdate:
+    def _shard_update(self, shard: FlatShard, gradient: Tensor, unused: frozenset[str]) -> ShardUpdate:
         separate = self.flat.has_separate_master(shard.bucket)
-        untouched = tuple(f.slice_range for f in shard.fragments if f.spec.name in unused) if unused else ()
-        return ShardUpdate(
-            shard=shard,
-            gradient=gradient,
-            out=self.flat.own_slice(shard.bucket) if separate else None,
-            untouched=untouched,
-        )
+        return ShardUpdate(shard, gradient, self.flat.own_slice(shard.bucket) if separate else None, unused)
 
     def _report_non_finite(self) -> None:
         """Name the parameters whose reduced gradient is not finite in this rank's slices."""

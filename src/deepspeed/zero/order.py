@@ -21,6 +21,8 @@ class FetchOrder:
 
     def record(self, unit: int) -> None:
         """``unit`` is needed now (or a backward has ended: ``END``)."""
+        if unit == END and self._last[1] == END:
+            return
         self._next[self._last] = unit
         self._last = (self._last[1], unit)
 

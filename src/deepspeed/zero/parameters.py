@@ -7,12 +7,14 @@ copies. Where the optimizer works on another dtype than the model, a *master* co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ..comm.communicator import DONE, Communicator, Pending
 from ..memory.layout import Bucket, FlatLayout, Placement
+from . import released
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -54,16 +56,13 @@ class FlatParameters:
         bucket after the other: each is complete when it is yielded.
 
         Masters keep the precision that the parameters came with, also where the model's dtype is narrower. One bucket
-        in the masters' dtype is the extra memory.
+        in the masters' dtype is the extra memory. Buckets that are there already stay as they are.
         """
-        for bucket in self.layout.buckets:
+        for bucket in self.layout.buckets[len(self.buffers) :]:
             device = self.parameters[bucket.placements[0].spec.name].device
             dtype: torch.dtype = getattr(torch, bucket.dtype)
             wide = torch.zeros(bucket.numel, dtype=self._master_dtype(dtype), device=device)
-            for placement in bucket.placements:
-                parameter = self.parameters[placement.spec.name]
-                wide[placement.start : placement.stop].view(placement.spec.shape).copy_(parameter.detach())
-            communicator.broadcast(wide).wait()
+            self._collect(bucket, wide, communicator)
             whole = wide.to(dtype)
             own = whole[bucket.slice_range(self.shard)]
             if bucket.unit is not None and bucket.shards > 1:
@@ -71,10 +70,32 @@ class FlatParameters:
             self.buffers.append(whole)
             self.slices.append(own)
             self.masters.append(own if wide is whole else wide[bucket.slice_range(self.shard)].clone())
-            for placement in bucket.placements:
-                view = self.view(bucket, placement).view(placement.spec.shape)
-                self.parameters[placement.spec.name].data = view
+            self._make_views(bucket)
             yield bucket
+
+    def extend(self, layout: FlatLayout, parameters: Mapping[str, nn.Parameter], communicator: Communicator) -> None:
+        """Follow ``layout``, which has ``parameters`` in further buckets, and move these in."""
+        self.layout = layout
+        self.parameters = {**self.parameters, **parameters}
+        for _ in self.move_in(communicator):
+            pass
+
+    def _collect(self, bucket: Bucket, wide: Tensor, communicator: Communicator) -> None:
+        """Copy the parameters of ``bucket`` into ``wide``. What is sharded already is gathered from its home, which gives
+        it up; of anything else, rank 0's values count."""
+        parameters = [self.parameters[placement.spec.name] for placement in bucket.placements]
+        homes = {id(home): home for p in parameters if (home := released.home_of(p)) is not None}
+        for home in homes.values():
+            home.hold()
+        same_everywhere = all(released.home_of(p) is not None for p in parameters)
+        for parameter, place in zip(parameters, bucket.placements, strict=True):
+            wide[place.start : place.stop].view(place.spec.shape).copy_(parameter.detach())
+            if (home := released.home_of(parameter)) is not None:
+                home.give_up(parameter)
+        for home in homes.values():
+            home.let_go()
+        if not same_everywhere:
+            communicator.broadcast(wide).wait()
 
     def own_slice(self, bucket: Bucket) -> Tensor:
         """This shard's slice of the bucket, in the model's dtype."""
@@ -99,6 +120,34 @@ class FlatParameters:
                 if self.has_separate_master(bucket):
                     self.masters[bucket.index][fragment.slice_range] = values
 
+    @contextmanager
+    def detached(self, communicator: Communicator) -> Iterator[None]:
+        """Within, each parameter is a tensor of its own with its fp32 value, to be written or replaced (``.data``) at will.
+        Afterwards it is a view of its bucket again, or released, and the masters have what was written; where the body
+        raises, they stay as they were. ``parameters_from_masters`` then gives the values to the model. Costs the whole
+        model in fp32.
+        """
+        wholes = []
+        for bucket, master in zip(self.layout.buckets, self.masters, strict=True):
+            whole = master.new_zeros(bucket.numel)
+            whole[bucket.slice_range(self.shard)] = master
+            if bucket.shards > 1:
+                communicator.all_gather(whole).wait()
+            wholes.append(whole)
+            for placement in bucket.placements:
+                value = whole[placement.start : placement.stop].view(placement.spec.shape)
+                released.expose(self.parameters[placement.spec.name], value)
+        try:
+            yield
+            for bucket, whole in zip(self.layout.buckets, wholes, strict=True):
+                for placement in bucket.placements:
+                    value = self.parameters[placement.spec.name].detach()
+                    whole[placement.start : placement.stop].view(placement.spec.shape).copy_(value)
+                self.masters[bucket.index].copy_(whole[bucket.slice_range(self.shard)])
+        finally:
+            for bucket in self.layout.buckets:
+                self._take_back(bucket)
+
     def masters_from_parameters(self) -> None:
         """Overwrite the separate masters with the model's present values, as after the module's own
         ``load_state_dict``."""
@@ -118,3 +167,15 @@ class FlatParameters:
         if bucket.shards == 1 or bucket.unit is not None:
             return DONE
         return communicator.all_gather(self.buffers[bucket.index])
+
+    def _take_back(self, bucket: Bucket) -> None:
+        if bucket.unit is None:
+            self._make_views(bucket)
+            return
+        for placement in bucket.placements:
+            released.release(self.parameters[placement.spec.name])
+
+    def _make_views(self, bucket: Bucket) -> None:
+        for placement in bucket.placements:
+            view = self.view(bucket, placement).view(placement.spec.shape)
+            self.parameters[placement.spec.name].data = view

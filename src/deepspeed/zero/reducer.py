@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..comm.communicator import Communicator, Pending
 from ..memory.layout import Bucket, FlatLayout, Placement
@@ -118,18 +119,22 @@ class GradientReducer:
         self.communicator = communicator
         self.settings = settings
         self.used: set[str] = set()
-        self._parameters = parameters
-        self._buckets = [_BucketGradient(bucket) for bucket in layout.buckets]
+        self._parameters: Mapping[str, nn.Parameter] = {}
+        self._buckets: list[_BucketGradient] = []
+        self._hooks: list[RemovableHandle] = []
         self._pool = BufferPool()
         self._in_flight: deque[_Reduction] = deque()
         self._next = 0
         self._reducing = False
         self._reduced = False
-        self._hooks = [
-            parameters[placement.spec.name].register_post_accumulate_grad_hook(_Arrival(self._receive, state, placement))
-            for state in self._buckets
-            for placement in state.bucket.placements
-        ]
+        self._collect(layout.buckets, parameters)
+
+    def extend(self, buckets: Sequence[Bucket], parameters: Mapping[str, nn.Parameter]) -> None:
+        """Collect the gradients of ``parameters`` too, which lie in ``buckets``, the layout's next. Those that they have
+        already count in the next reduction. Not between ``begin`` and ``finish``."""
+        for arrival, parameter in self._collect(buckets, parameters):
+            if parameter.grad is not None:
+                arrival(parameter)
 
     def begin(self, *, reduce: bool) -> None:
         """Open a backward. ``reduce`` False leaves its gradients in the landing buffers, as they are on this rank."""
@@ -216,6 +221,22 @@ class GradientReducer:
         self._hooks.clear()
         self._pool.release()
         self._buckets.clear()
+
+    def _collect(
+        self, buckets: Sequence[Bucket], parameters: Mapping[str, nn.Parameter]
+    ) -> list[tuple[_Arrival, nn.Parameter]]:
+        self._parameters = {**self._parameters, **parameters}
+        collected = []
+        for state in map(_BucketGradient, buckets):
+            self._buckets.append(state)
+            for placement in state.bucket.placements:
+                parameter, arrival = parameters[placement.spec.name], _Arrival(self._receive, state, placement)
+                # torch refuses the hook to a parameter that is frozen at the moment, but it lives through a freeze.
+                trained, parameter.requires_grad = parameter.requires_grad, True
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(arrival))
+                parameter.requires_grad = trained
+                collected.append((arrival, parameter))
+        return collected
 
     # -- arrival -------------------------------------------------------------------------------------------------
 

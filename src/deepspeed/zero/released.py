@@ -42,6 +42,9 @@ class Home(Protocol):
         """Make the values that ``parameter`` has now on rank ``source`` (the same on all ranks where None) the ones that
         the model trains on. Called on all ranks, while the values are held."""
 
+    def give_up(self, parameter: nn.Parameter) -> None:
+        """Leave ``parameter``, whose values are held, to another home."""
+
 
 _IDENTIFIERS = itertools.count()
 """Sharded parameters are made in the same order on all ranks: a number is the same parameter everywhere."""
@@ -49,11 +52,9 @@ _IDENTIFIERS = itertools.count()
 HOME = "ds_home"
 """The attribute of a sharded parameter that is its home."""
 
-_PROPERTIES = (
-    "data", "device", "dtype", "grad", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mkldnn", "is_mps",
-    "is_nested", "is_quantized", "is_sparse", "is_sparse_csr", "is_xla", "itemsize", "layout", "name", "names", "nbytes",
-    "ndim", "output_nr", "requires_grad", "retains_grad", "shape", "_backward_hooks", "_base", "_grad", "_version",
-)  # fmt: skip
+_COMPUTED = ("H", "T", "imag", "mH", "mT", "real")
+"""Properties of a tensor that are made of its values."""
+
 _METHODS = (
     "__deepcopy__", "__hash__", "__reduce_ex__", "__repr__", "_is_view", "data_ptr", "detach", "dim", "element_size",
     "is_contiguous", "is_complex", "is_floating_point", "is_inference", "is_shared", "is_signed", "ndimension", "nelement",
@@ -63,14 +64,20 @@ _METHODS = (
 
 
 def _harmless() -> frozenset[Any]:
-    getters = [getattr(torch.Tensor, name) for name in _PROPERTIES if hasattr(torch.Tensor, name)]
-    accessors = [getattr(p, kind) for p in getters for kind in ("__get__", "__set__", "__delete__") if hasattr(p, kind)]
+    properties = [getattr(torch.Tensor, name) for name in dir(torch.Tensor) if name not in _COMPUTED]
+    kinds = ("__get__", "__set__", "__delete__")
+    accessors = [getattr(p, kind) for p in properties if hasattr(type(p), "__set__") for kind in kinds if hasattr(p, kind)]
     methods = [getattr(torch.Tensor, name) for name in _METHODS if hasattr(torch.Tensor, name)]
-    return frozenset([*accessors, *methods, torch.is_floating_point, torch.is_complex, torch.is_inference, torch.is_tensor])
+    functions = [torch.is_complex, torch.is_floating_point, torch.is_inference, torch.is_tensor]
+    return frozenset([*accessors, *methods, *functions, torch._has_compatible_shallow_copy_type])
 
 
 HARMLESS = _harmless()
 """What asks about a parameter without computing with its values."""
+
+
+MOVES = frozenset(getattr(torch.Tensor, name) for name in ("to", "cpu", "cuda", "float", "double", "half", "bfloat16"))
+"""What moves or converts a parameter. Where that changes nothing, as in most calls of ``Module.to``, it is harmless."""
 
 
 class ReleasedParameter(nn.Parameter):
@@ -82,6 +89,11 @@ class ReleasedParameter(nn.Parameter):
     ) -> Any:
         """Let questions about the parameter through; make it whole, or raise, for anything else."""
         keywords = dict(kwargs or {})
+        if func in MOVES and isinstance(args[0], ReleasedParameter):
+            with torch._C.DisableTorchFunctionSubclass():
+                moved = func(*args, **keywords)
+                if (moved.dtype, moved.device) == (args[0].dtype, args[0].device):
+                    return moved
         if func not in HARMLESS:
             for parameter in _released_among([*args, *keywords.values()]):
                 touch(parameter, getattr(func, "__name__", str(func)))
@@ -92,6 +104,12 @@ class ReleasedParameter(nn.Parameter):
 def home_of(parameter: object) -> Home | None:
     """The home of a sharded parameter, None for anything else."""
     found: Home | None = getattr(parameter, HOME, None)
+    return found
+
+
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """The shape that ``parameter`` has when it is whole."""
+    found: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return found
 
 
@@ -115,9 +133,10 @@ def release(parameter: nn.Parameter) -> None:
 
 def expose(parameter: nn.Parameter, values: Tensor) -> None:
     """Give ``parameter`` its ``values`` (of its whole shape) as its memory."""
-    parameter.__class__ = nn.Parameter
+    if type(parameter) is ReleasedParameter:
+        parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+        parameter.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
     parameter.data = values
-    parameter.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
 
 
 def describe(parameter: nn.Parameter, home: Home, *, shape: tuple[int, ...], shards: int) -> None:

@@ -24,6 +24,7 @@ from torch.autograd.graph import register_multi_grad_hook
 
 from .external import external_parameters
 from .fetching import UnitFetcher
+from .loading import gather_while_loading
 from .released import home_of
 from .units import ParameterUnit, refuse
 
@@ -36,6 +37,7 @@ class ModuleScopes:
         self._running: list[_Call] = []
         self.backward_under_way: dict[_Backward, None] = {}
         self._hooks = [hook for module, units in needs.items() for hook in self._attach(module, tuple(units))]
+        self._hooks += gather_while_loading(needs)
         for unit in fetcher.units:
             unit.on_touch = self._on_touch
 
@@ -45,9 +47,13 @@ class ModuleScopes:
         try:
             yield
         finally:
-            for backward in list(self.backward_under_way):
-                backward.leave()
-            self.fetcher.end_backward()
+            self.end_backward()
+
+    def end_backward(self) -> None:
+        """Let go of what backwards hold: none runs any more."""
+        for backward in list(self.backward_under_way):
+            backward.leave()
+        self.fetcher.end_backward()
 
     def close(self) -> None:
         """Take the hooks off the modules."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +10,13 @@ from torch import nn
 
 from ..comm.communicator import Communicator
 from ..memory.layout import FlatLayout, ParameterSpec
+from ..optim.segments import FlatShard
 from .fetching import FetchLimits, UnitFetcher
 from .parameters import FlatParameters, unchanged
 from .plan import UnitPlan
+from .released import home_of, shape_of
 from .scopes import ModuleScopes
-from .units import ParameterUnit, Resident, UnitPart
+from .units import ParameterUnit, Replica, Resident, UnitPart
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class ModelLayout:
         specs = [
             ParameterSpec(
                 name,
-                tuple(p.shape),
+                tuple(shape_of(p)),
                 str(dtype_of(p)).removeprefix("torch."),
                 group=group_of.get(name, 0),
                 unit=plan.unit_of.get(name),
@@ -61,19 +63,26 @@ class ModelLayout:
 class ShardedModel:
     """A model whose parameters have moved: ``trained`` is what an optimizer steps, ``frozen`` what is only sharded."""
 
+    module: nn.Module
     trained: FlatParameters
     frozen: FlatParameters
     scopes: ModuleScopes
-    residents: tuple[Resident, ...]
     fetching: Communicator
+
+    @property
+    def frozen_shards(self) -> tuple[FlatShard, ...]:
+        """This rank's slices of what is sharded and not trained."""
+        flat = self.frozen
+        return tuple(FlatShard(flat.own_slice(bucket), bucket, flat.shard) for bucket in flat.layout.buckets)
 
     def close(self) -> None:
         """Leave every parameter whole and ordinary, without hooks."""
         self.scopes.close()
         for unit in self.scopes.fetcher.units:
             unit.close()
-        for resident in self.residents:
-            resident.close()
+        for parameter in self.module.parameters():
+            if (home := home_of(parameter)) is not None:
+                home.give_up(parameter)
         self.fetching.close()
 
 
@@ -88,7 +97,6 @@ def move_in(
     """
     named = dict(module.named_parameters())
     parts: dict[int, list[UnitPart]] = {index: [] for index in range(len(layout.plan.names))}
-    residents: list[Resident] = []
     shard = communicator.rank if layout.trained.shards > 1 else 0
     trained = FlatParameters(layout.trained, _of(layout.trained, named), shard=shard)
     frozen = FlatParameters(layout.frozen, _of(layout.frozen, named), shard=shard, master_dtype=unchanged)
@@ -99,11 +107,19 @@ def move_in(
                 part.release()
                 parts[bucket.unit].append(part)
             elif layout.plan.names:
-                residents.append(Resident(flat, bucket, communicator))
+                for placement in bucket.placements:
+                    Resident(flat.parameters[placement.spec.name], flat, bucket, communicator)
+    if layout.plan.names:
+        _replicate([p for p in named.values() if home_of(p) is None], communicator)
     units = [ParameterUnit(index, name, parts[index], fetching) for index, name in enumerate(layout.plan.names)]
     modules = dict(module.named_modules())
     needs = {modules[name]: [units[index] for index in indices] for name, indices in layout.plan.needs.items()}
-    return ShardedModel(trained, frozen, ModuleScopes(UnitFetcher(units, limits), needs), tuple(residents), fetching)
+    return ShardedModel(module, trained, frozen, ModuleScopes(UnitFetcher(units, limits), needs), fetching)
+
+
+def _replicate(parameters: Iterable[nn.Parameter], communicator: Communicator) -> None:
+    for parameter in parameters:
+        Replica(parameter, communicator)
 
 
 def _of(layout: FlatLayout, named: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -20,6 +20,7 @@ class GradientSummary:
 
     squared_norm: float
     finite: bool
+    unfrozen: bool
     late: tuple[bool, ...]
     used: tuple[bool, ...]
 
@@ -38,6 +39,7 @@ def summarize(
     *,
     late: Sequence[bool],
     used: Sequence[bool],
+    unfrozen: bool,
     counts: bool,
     communicator: Communicator,
     device: torch.device,
@@ -45,7 +47,8 @@ def summarize(
     """Combine every rank's view of the gradients.
 
     ``gradients`` are this rank's slices; they enter the norm where ``counts`` (with whole gradients on every rank only
-    one rank counts). ``late`` has one flag per bucket, ``used`` one per parameter. Sums run in rank order in fp64, so
+    one rank counts). ``late`` has one flag per bucket, ``used`` one per parameter; ``unfrozen`` says whether a parameter
+    without a place has a gradient. Sums run in rank order in fp64, so
     all ranks get the same bits.
     """
     squared, finite = 0.0, True
@@ -54,7 +57,7 @@ def summarize(
             part, part_finite = native.squared_norm(gradient)
             squared += part
             finite = finite and part_finite
-    flags = [float(flag) for flag in (not finite, *late, *used)]
+    flags = [float(flag) for flag in (not finite, unfrozen, *late, *used)]
     # A sum with an infinity or NaN would spread to the flags of nobody: they are separate elements.
     mine = torch.tensor([squared, *flags], dtype=torch.float64)
     total = communicator.sum_in_rank_order(mine.to(device)).tolist()
@@ -62,6 +65,7 @@ def summarize(
     return GradientSummary(
         squared_norm=total[0],
         finite=not seen[0],
-        late=tuple(seen[1 : 1 + len(late)]),
-        used=tuple(seen[1 + len(late) :]),
+        unfrozen=seen[1],
+        late=tuple(seen[2 : 2 + len(late)]),
+        used=tuple(seen[2 + len(late) :]),
     )

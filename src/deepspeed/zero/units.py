@@ -88,8 +88,8 @@ class ParameterUnit:
         self._communicator = communicator
         self._pending: list[Pending] = []
         for part in parts:
-            for place, (parameter, _) in zip(part.bucket.placements, part.views, strict=True):
-                released.describe(parameter, self, shape=place.spec.shape, shards=part.bucket.shards)
+            for parameter, view in part.views:
+                released.describe(parameter, self, shape=tuple(view.shape), shards=part.bucket.shards)
                 parameter.__dict__["ds_status"] = released.ZeroParamStatus.NOT_AVAILABLE
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -144,6 +144,16 @@ class ParameterUnit:
             self._communicator.broadcast(parameter.detach(), source=source).wait()
         part.flat.keep(parameter, part.bucket)
 
+    def give_up(self, parameter: nn.Parameter) -> None:
+        """Leave ``parameter``, with the values that it has now, to another home."""
+        for part in self.parts:
+            part.views = [view for view in part.views if view[0] is not parameter]
+        released.forget(parameter)
+
+    def refuse_touches(self) -> None:
+        """From now on, computing with a parameter while it is released is an error."""
+        self.on_touch = refuse
+
     def name_of(self, parameter: nn.Parameter) -> str:
         """The parameter's name in the model."""
         named = (item for part in self.parts for item in part.flat.parameters.items())
@@ -152,8 +162,8 @@ class ParameterUnit:
     def close(self) -> None:
         """Leave the parameters whole and ordinary."""
         self.finish_fetch()
-        for parameter in self.parameters():
-            released.forget(parameter)
+        for parameter in list(self.parameters()):
+            self.give_up(parameter)
 
     def _wait(self) -> None:
         for pending in self._pending:
@@ -161,15 +171,12 @@ class ParameterUnit:
         self._pending.clear()
 
 
-class Resident:
-    """The home of parameters of a bucket that is whole on every rank."""
+class Replica:
+    """The home of a parameter that is whole on every rank, outside the buckets of an optimizer."""
 
-    def __init__(self, flat: FlatParameters, bucket: Bucket, communicator: Communicator):
-        self._flat = flat
-        self._bucket = bucket
+    def __init__(self, parameter: nn.Parameter, communicator: Communicator):
         self._communicator = communicator
-        for place in bucket.placements:
-            released.describe(flat.parameters[place.spec.name], self, shape=place.spec.shape, shards=bucket.shards)
+        released.describe(parameter, self, shape=tuple(parameter.shape), shards=communicator.size)
 
     def hold(self) -> None:
         """The values are here."""
@@ -181,15 +188,27 @@ class Resident:
         """Never called: the parameter is not released."""
 
     def keep(self, parameter: nn.Parameter, *, source: int | None) -> None:
-        """Give all ranks rank ``source``'s values, and take them into the masters."""
+        """Give all ranks rank ``source``'s values."""
         if source is not None:
             self._communicator.broadcast(parameter.detach(), source=source).wait()
-        self._flat.keep(parameter, self._bucket)
 
-    def close(self) -> None:
-        """Leave the parameters ordinary."""
-        for place in self._bucket.placements:
-            released.forget(self._flat.parameters[place.spec.name])
+    def give_up(self, parameter: nn.Parameter) -> None:
+        """Leave ``parameter`` to another home."""
+        released.forget(parameter)
+
+
+class Resident(Replica):
+    """The home of a trained parameter that is whole on every rank: its master follows what is kept."""
+
+    def __init__(self, parameter: nn.Parameter, flat: FlatParameters, bucket: Bucket, communicator: Communicator):
+        super().__init__(parameter, communicator)
+        self._flat = flat
+        self._bucket = bucket
+
+    def keep(self, parameter: nn.Parameter, *, source: int | None) -> None:
+        """Give all ranks rank ``source``'s values, and take them into the masters."""
+        super().keep(parameter, source=source)
+        self._flat.keep(parameter, self._bucket)
 
 
 def refuse(unit: ParameterUnit, parameter: nn.Parameter, operation: str) -> NoReturn:

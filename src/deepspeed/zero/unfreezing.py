@@ -1,0 +1,87 @@
+"""Parameters that were frozen when the optimizer was sharded, and are unfrozen later.
+
+A frozen parameter has no place in the layout: no master, no gradient buffer, no optimizer state. Where autograd gives it a
+gradient nevertheless (``requires_grad_(True)`` between two steps) that waits in its ``grad`` for the step, as in plain
+PyTorch. There all ranks learn of it in the agreement that precedes the step, lay it out in buckets behind the others, and
+reduce its gradient with the late ones; from then on it is a parameter as any other.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..memory.layout import ParameterSpec
+from ..optim.segments import FlatShard
+from .released import home_of
+from .units import ParameterUnit
+
+if TYPE_CHECKING:
+    from .optimizer import ShardedOptimizer
+
+logger = logging.getLogger("DeepSpeed")
+
+
+class FrozenParameters:
+    """The frozen ones of ``parameters``, a model's by name. ``waiting`` are those in one of the optimizer's ``groups``;
+    ``bucket_numel`` is the size of the buckets in which they will be laid out."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], groups: Sequence[Mapping[str, Any]], *, bucket_numel: int):
+        frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+        self._group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
+        self.bucket_numel = bucket_numel
+        self.waiting = {name: p for name, p in frozen.items() if id(p) in self._group_of}
+        self._in_no_group = {name: p for name, p in frozen.items() if id(p) not in self._group_of}
+
+    def unfrozen(self) -> list[str]:
+        """Those in ``waiting`` that have a gradient on this rank."""
+        return [name for name, p in self.waiting.items() if p.requires_grad and p.grad is not None]
+
+    def take(self, names: Collection[str]) -> list[tuple[ParameterSpec, nn.Parameter]]:
+        """The parameters ``names``, in the model's order, with their specifications; they wait no longer."""
+        taken = [(name, self.waiting.pop(name)) for name in list(self.waiting) if name in names]
+        return [
+            (ParameterSpec(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), self._group_of[id(p)]), p)
+            for name, p in taken
+        ]
+
+    def forget_gradients(self) -> None:
+        """Set ``grad`` to None."""
+        for parameter in self.waiting.values():
+            parameter.grad = None
+
+    def warn_of_unoptimized(self) -> None:
+        """Name, once, the unfrozen parameters that are in no group: nobody trains them."""
+        found = [name for name, p in self._in_no_group.items() if p.requires_grad]
+        for name in found:
+            del self._in_no_group[name]
+        if found:
+            logger.warning(
+                "unfrozen, but in none of the optimizer's parameter groups and so not trained: %s%s. Give them to "
+                "deepspeed.initialize in model_parameters or in the optimizer, frozen or not.",
+                ", ".join(found[:5]),
+                " and others" if len(found) > 5 else "",
+            )
+
+
+def unfreeze(optimizer: ShardedOptimizer, names: Collection[str]) -> None:
+    """Lay out the waiting parameters ``names`` behind the others, with masters and, at their first step, optimizer states
+    of their own. The gradients that they have count in the next reduction. Called on all ranks with the same names."""
+    sharded = [name for name in names if isinstance(home_of(optimizer.frozen.waiting[name]), ParameterUnit)]
+    if sharded:
+        raise RuntimeError(
+            f"{', '.join(sharded[:5])} was frozen when deepspeed.initialize sharded it by ZeRO stage 3, and has no master "
+            "weights: unfreeze it before deepspeed.initialize"
+        )
+    taken = optimizer.frozen.take(names)
+    parameters = {spec.name: parameter for spec, parameter in taken}
+    flat, known = optimizer.flat, len(optimizer.shards)
+    layout = flat.layout.extended([spec for spec, _ in taken], bucket_numel=optimizer.frozen.bucket_numel)
+    flat.extend(layout, parameters, optimizer.communicator)
+    buckets = layout.buckets[known:]
+    optimizer.reducer.extend(buckets, parameters)
+    optimizer.segments.extend([FlatShard(flat.masters[bucket.index], bucket, flat.shard) for bucket in buckets])
+    optimizer.shards = optimizer.segments.shards
