@@ -12,8 +12,8 @@ import pytest
 from deepspeed.launcher.errors import LaunchError
 from deepspeed.launcher.rank import Place, find_place, first_host, master_address, rank_settings, slots_here
 from deepspeed.launcher.world import encode_world_info
+from tests.launcher.conftest import SOURCE
 
-SOURCE = Path(__file__).parent.parent.parent / "src"
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "5",
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
