@@ -33,23 +33,24 @@ def arguments(name, **changes):
 
 
 def test_ssh_starts_the_node_entry_on_each_host_in_the_launchers_folder():
-    commands = RUNNERS["ssh"](job(ssh_port=2222)).commands()
+    commands = RUNNERS["ssh"](job(ssh_port=2222, ssh_arguments=("-F", "file"))).commands()
     assert [command.name for command in commands] == ["a", "b"] and all(command.listens for command in commands)
     for place, command in enumerate(commands):
         *prefix, host, line = command.arguments
-        assert prefix == ["ssh", "-o", "BatchMode=yes", "-p", "2222", "--more", "1"] and host == "ab"[place]
+        assert prefix == ["ssh", "-o", "BatchMode=yes", "-p", "2222", "-F", "file"] and host == "ab"[place]
         entry = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", INFO, f"--node_rank={place}"]
         entry += ["--master_addr=a", "--master_port=29500", "--listen", "train.py", "--lr", "1e-3 x"]
         assert shlex.split(line) == ["cd", "/my work", "&&", "exec", "env", "NOTE=50% of 'it'", *entry]
 
 
 def test_pdsh_fills_in_the_nodes_place_and_no_other_percent_sign():
-    (command,) = RUNNERS["pdsh"](job(ssh_port=2222)).commands()
+    (command,) = RUNNERS["pdsh"](job(ssh_port=2222, ssh_arguments=("-F", "a file"))).commands()
     *options, line = command.arguments
-    assert options == ["pdsh", "-S", "-k", "-b", "-f", "2", "--more", "1", "-w", "a,b"]
-    assert command.variables == {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": "-p 2222"}
+    assert options == ["pdsh", "-S", "-b", "-f", "2", "--more", "1", "-w", "a,b"]
+    ssh = "-o BatchMode=yes -p 2222 -F 'a file'"
+    assert command.variables == {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": ssh}
     words = shlex.split(line.replace("%n", "7").replace("%%", "%"))
-    assert "--node_rank=7" in words and "NOTE=50% of 'it'" in words and "--listen" not in words
+    assert "--node_rank=7" in words and "NOTE=50% of 'it'" in words and "--peers" in words and "--listen" not in words
 
 
 def test_open_mpi_starts_every_rank_unpinned():
@@ -60,7 +61,7 @@ def test_open_mpi_starts_every_rank_unpinned():
 
 def test_mpich_starts_every_rank():
     exports = ["-genv", "NOTE", "50% of 'it'", "-genv", "MASTER_ADDR", "a", "-genv", "MASTER_PORT", "29500"]
-    expected = ["mpiexec", "-n", "4", "-hosts", "a:2,b:2", *exports, "--more", "1"]
+    expected = ["mpiexec.hydra", "-n", "4", "-hosts", "a:2,b:2", *exports, "--more", "1"]
     assert arguments("mpich") == expected + RANK
     assert arguments("mvapich") == [*expected, "-genv", "MV2_ENABLE_AFFINITY", "0", *RANK]
 

@@ -118,6 +118,27 @@ def test_a_loopback_address_is_no_master_for_other_machines(tmp_path):
         planned("--hostfile", str(path))
 
 
+def test_any_loopback_address_is_this_machine(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
+    assert planned("--hostfile", str(path)).world.master_addr == "127.0.0.1"
+    assert planned("--hostfile", str(path), "--include", "127.0.0.2").runner is None
+
+
+def test_a_launchers_arguments_go_to_it_and_ssh_gets_its_own(hosts, monkeypatch):
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-F 'a file'")
+    extra = ["--hostfile", hosts, "--launcher_args=-x 1"]
+    ssh, pdsh = planned(*extra).runner.job, planned(*extra, "--launcher", "pdsh").runner.job
+    assert (ssh.extra_arguments, ssh.ssh_arguments) == ((), ("-x", "1"))
+    assert (pdsh.extra_arguments, pdsh.ssh_arguments) == (("-x", "1"), ("-F", "a file"))
+
+
+def test_an_argument_that_begins_with_a_dash_is_refused_with_the_way_to_write_it(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--launcher_args", "--allow-run-as-root", "train.py"])
+    assert "--launcher_args=VALUE" in capsys.readouterr().err
+
+
 def test_slurm_chooses_the_nodes_where_no_hostfile_names_them():
     job = planned("--launcher", "slurm", "--num_nodes", "2", "--num_gpus", "4").runner.job
     assert job.world.size == 8 and not job.hosts_named and "MASTER_ADDR" not in job.variables

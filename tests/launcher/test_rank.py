@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,8 @@ import pytest
 from deepspeed.launcher.errors import LaunchError
 from deepspeed.launcher.rank import Place, find_place, first_host, master_address, rank_settings, slots_here
 from deepspeed.launcher.world import encode_world_info
+from tests.launcher.conftest import SOURCE
 
-SOURCE = Path(__file__).parent.parent.parent / "src"
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "5",
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
@@ -59,7 +61,7 @@ def test_rank_0_is_found_from_the_user_slurm_or_this_machine():
     several, alone = Place(5, 1, 8, 4), Place(1, 1, 2, 2)
     assert master_address({"MASTER_ADDR": "boss", "SLURM_JOB_NODELIST": "a,b"}, several) == "boss"
     assert master_address({"SLURM_JOB_NODELIST": "a,b"}, several) == "a"
-    assert master_address({}, alone) == "127.0.0.1"
+    assert master_address({}, alone) == master_address({"SLURM_JOB_NODELIST": "a"}, alone) == "127.0.0.1"
     with pytest.raises(LaunchError, match="MASTER_ADDR is not set"):
         master_address({}, several)
 
@@ -80,13 +82,16 @@ def test_a_rank_sees_the_accelerators_of_its_slots():
     assert "OMP_NUM_THREADS" not in rank_settings({**place, "OMP_NUM_THREADS": "9"}, pool, accelerators=True, cores=3)
 
 
-def run_rank(tmp_path: Path, script: str) -> subprocess.CompletedProcess[str]:
+def run_rank(
+    tmp_path: Path, script: str, starter: dict[str, str] = OPEN_MPI, pass_fds: Sequence[int] = ()
+) -> subprocess.CompletedProcess[str]:
     path = tmp_path / "script.py"
     path.write_text(script)
-    variables = {**OPEN_MPI, "MASTER_ADDR": "boss", "PYTHONPATH": str(SOURCE), "DS_ACCELERATOR": "cpu"}
+    variables = {**starter, "MASTER_ADDR": "boss", "PYTHONPATH": str(SOURCE), "DS_ACCELERATOR": "cpu"}
     pool = encode_world_info({"a": [0, 1, 2, 3], "b": [0, 1, 2, 3]})
     command = [sys.executable, "-m", "deepspeed.launcher.rank", f"--world_info={pool}", str(path), "--flag"]
-    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60)
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, env=environment, pass_fds=pass_fds, capture_output=True, text=True, timeout=60)
 
 
 def test_the_entry_becomes_the_script_with_the_usual_variables(tmp_path):
@@ -95,6 +100,24 @@ def test_the_entry_becomes_the_script_with_the_usual_variables(tmp_path):
     assert result.stdout.split() == ["5", "1", "8", "4", "boss", "29500", "--local_rank=1", "--flag"], result.stderr
 
 
-def test_a_script_that_raises_shows_its_traceback_and_fails(tmp_path):
+def test_a_script_that_raises_shows_its_own_part_of_the_traceback_and_fails(tmp_path):
     result = run_rank(tmp_path, "raise ValueError('no such luck')")
     assert result.returncode == 1 and "ValueError: no such luck" in result.stderr
+    assert "rank 5 failed on" in result.stderr and "rank.py" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "said"),
+    [
+        ("raise ValueError", 1, b"cmd=abort exitcode=1\n"),
+        ("import sys; sys.exit(7)", 7, b"cmd=abort exitcode=7\n"),
+        ("import sys; sys.exit(130)", 130, b""),
+        ("", 0, b""),
+    ],
+)
+def test_hydra_is_told_of_a_failure_but_not_of_an_interrupt(tmp_path, script, code, said):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        result = run_rank(tmp_path, script, {**HYDRA, "PMI_FD": str(theirs.fileno())}, pass_fds=[theirs.fileno()])
+        theirs.close()
+        assert result.returncode == code and ours.recv(100) == said

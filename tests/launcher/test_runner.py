@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent.parent / "src"
+from tests.launcher.conftest import SOURCE, WAIT, processes
 
 
 def launch(tmp_path: Path, script: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -70,3 +71,13 @@ def test_a_module_or_program_runs_on_pinned_cores_with_its_own_log(tmp_path):
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert (tmp_path / "logs/rank_0.log").read_text().strip() == f"[{core}] {arguments}"
+
+
+def test_the_launchers_process_id_is_in_a_file_while_it_runs(tmp_path, start, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    launcher = start(["--save_pid", "--num_gpus", "1"], WAIT)
+    processes(tmp_path, 1)
+    assert (tmp_path / f"{launcher.pid}.ds").read_text() == str(launcher.pid)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(timeout=60) == 130
+    assert not list(tmp_path.glob("*.ds"))

@@ -2,89 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-SOURCE = Path(__file__).parent.parent.parent / "src"
-
-TRAIN = """
-import os
-import torch, torch.distributed as dist
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-weight = torch.zeros(4)
-for step in range(3):
-    gradient = torch.full((4,), float(dist.get_rank() + 1))
-    dist.all_reduce(gradient)
-    weight -= gradient
-rank = dist.get_rank()
-line = f"{dist.get_world_size()} {os.environ['LOCAL_RANK']} {os.environ['LOCAL_SIZE']} {weight[0].item()} {os.environ['NOTE']}"
-open(f"{rank}.done", "w").write(line)
-dist.destroy_process_group()
-"""
-
-# Ranks that wait to be ended; one of the second node fails when it is told to.
-WAIT = """
-import os, time
-rank = os.environ["RANK"]
-open(rank + ".pid", "w").write(str(os.getpid()))
-try:
-    for _ in range(600):
-        time.sleep(0.1)
-        if rank == "3" and os.path.exists("fail"):
-            raise ValueError("no such luck")
-except KeyboardInterrupt:
-    time.sleep(0.5)
-    open(rank + ".saved", "w").write("saved")
-"""
-
-
-def free_port() -> int:
-    """A port that is free and whose next is, for the word between nodes."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return port
-
-
-@pytest.fixture
-def start(tmp_path):
-    """``start(options, script)``: the running ``deepspeed`` command, ended with the test."""
-    running = []
-
-    def run(options, script):
-        path = tmp_path / "script.py"
-        path.write_text(script)
-        environment = {**os.environ, "PYTHONPATH": str(SOURCE), "DS_ACCELERATOR": "cpu"}
-        environment["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{environment['PATH']}"
-        command = [sys.executable, "-m", "deepspeed", *options, "--no_local_rank", str(path)]
-        process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        running.append(process)
-        return process
-
-    yield run
-    for process in running:
-        process.kill()
-        process.communicate()
-
-
-@pytest.fixture
-def port():
-    return free_port()
+from tests.launcher.conftest import TRAIN, WAIT, ended, processes, saved, trained, wait_until, write_program
 
 
 @pytest.fixture(params=["by hand", "ssh"])
@@ -92,10 +18,7 @@ def job(request, tmp_path, start, port):
     """``job(script)``: the launchers of a job of two nodes with two ranks each."""
     (tmp_path / ".deepspeed_env").write_text("NOTE=a'b%c\n")
     (tmp_path / "hosts").write_text("localhost slots=2\n127.0.0.1 slots=2\n")
-    fake = tmp_path / "bin" / "ssh"
-    fake.parent.mkdir()
-    fake.write_text('#!/bin/sh\nwhile [ "$1" = -o ]; do shift 2; done\ncd / && exec sh -c "$2"\n')
-    fake.chmod(0o755)
+    write_program(tmp_path / "bin/ssh", '#!/bin/sh\nwhile [ "$1" = -o ]; do shift 2; done\ncd / && exec sh -c "$2"\n')
     options = ["--hostfile", "hosts", "--master_port", str(port)]
 
     def run(script):
@@ -106,13 +29,12 @@ def job(request, tmp_path, start, port):
     return run
 
 
-def processes(tmp_path: Path, launchers: list[subprocess.Popen[str]], port: int) -> list[int]:
+def running(tmp_path: Path, launchers: list[subprocess.Popen[str]], port: int) -> list[int]:
     """The ids of the four ranks, once they run and the launchers are in touch."""
-    files = [tmp_path / f"{rank}.pid" for rank in range(4)]
-    wait_until(lambda: all(file.exists() and file.read_text() for file in files))
+    ranks = processes(tmp_path, 4)
     if len(launchers) == 2:
         wait_until(lambda: stays_connected(launchers[1].pid, port + 1))
-    return [int(file.read_text()) for file in files]
+    return ranks
 
 
 def stays_connected(process: int, port: int) -> bool:
@@ -127,31 +49,17 @@ def stays_connected(process: int, port: int) -> bool:
     return bool(before & ends())
 
 
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "waited a minute"
-        time.sleep(0.05)
-
-
-def ended(process: int) -> bool:
-    try:
-        return "\nState:\tZ" in Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return True
-
-
 def test_four_ranks_on_two_nodes_train_together(tmp_path, job):
     launchers = job(TRAIN)
     errors = [launcher.communicate(timeout=100)[1] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0] * len(launchers), errors
     lines = [(tmp_path / f"{rank}.done").read_text() for rank in range(4)]
-    assert lines == [f"4 {rank % 2} 2 -30.0 a'b%c" for rank in range(4)]
+    assert lines == trained("a'b%c")
 
 
 def test_a_failing_rank_takes_the_other_node_down(tmp_path, job, port):
     launchers = job(WAIT)
-    ranks = processes(tmp_path, launchers, port)
+    ranks = running(tmp_path, launchers, port)
     (tmp_path / "fail").touch()
     errors = [launcher.communicate(timeout=30)[1] for launcher in launchers]
     assert all(launcher.returncode == 1 for launcher in launchers)
@@ -161,20 +69,20 @@ def test_a_failing_rank_takes_the_other_node_down(tmp_path, job, port):
 
 def test_an_interrupt_lets_the_ranks_of_both_nodes_save(tmp_path, job, port):
     launchers = job(WAIT)
-    ranks = processes(tmp_path, launchers, port)
+    ranks = running(tmp_path, launchers, port)
     launchers[0].send_signal(signal.SIGINT)
     errors = [launcher.communicate(timeout=30)[1] for launcher in launchers]
     assert all(launcher.returncode == 130 for launcher in launchers), errors
-    assert all((tmp_path / f"{rank}.saved").exists() for rank in range(4))
+    assert saved(tmp_path) == ["0", "1", "2", "3"]
     assert all(ended(rank) for rank in ranks)
 
 
 def test_no_rank_outlives_the_first_nodes_launcher(tmp_path, job, port):
     launchers = job(WAIT)
-    ranks = processes(tmp_path, launchers, port)
+    ranks = running(tmp_path, launchers, port)
     launchers[0].kill()
     wait_until(lambda: all(ended(rank) for rank in ranks))
-    assert not list(tmp_path.glob("*.saved"))
+    assert saved(tmp_path) == []
 
 
 def run(start, options, script="") -> subprocess.CompletedProcess[str]:
@@ -185,18 +93,15 @@ def run(start, options, script="") -> subprocess.CompletedProcess[str]:
 
 def test_a_host_that_ssh_cannot_reach_is_named_before_anything_starts(tmp_path, start):
     (tmp_path / "hosts").write_text("localhost slots=1\nnowhere slots=1\n")
-    fake = tmp_path / "bin" / "ssh"
-    fake.parent.mkdir()
-    fake.write_text('#!/bin/sh\ncase "$*" in *nowhere*) echo "no route" >&2; exit 255;; esac\n')
-    fake.chmod(0o755)
+    write_program(tmp_path / "bin/ssh", '#!/bin/sh\ncase "$*" in *nowhere*) echo "no route" >&2; exit 255;; esac\n')
     result = run(start, ["--hostfile", "hosts", "--master_addr", "localhost"])
     assert result.returncode == 2 and "nowhere: no route" in result.stderr
     result = run(start, ["--hostfile", "hosts", "--master_addr", "localhost", "--no_ssh_check"])
     assert result.returncode == 255 and "ssh could not reach nowhere" in result.stderr
 
 
-@pytest.mark.skipif(bool(shutil.which("pdsh")), reason="pdsh is installed")
-def test_a_tool_that_is_not_installed_is_an_error_but_its_commands_can_be_seen(tmp_path, start):
+def test_a_tool_that_is_not_installed_is_an_error_but_its_commands_can_be_seen(tmp_path, start, monkeypatch):
+    monkeypatch.setenv("PATH", "")
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
     options = ["--hostfile", "hosts", "--launcher", "pdsh"]
     result = run(start, options)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 OPTIONAL_LIBRARIES = ("transformers", "accelerate", "lightning", "tensorboard", "wandb", "triton")
-LAUNCH_TOOLS = ("ssh", "pdsh", "mpirun", "mpiexec", "srun")
+LAUNCH_TOOLS = ("ssh", "pdsh", "mpirun", "mpiexec.hydra", "srun")
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 
 Rows = list[tuple[str, str]]

@@ -22,9 +22,20 @@ INTRODUCTION = """\
 
 This page is made from the schema by `deepspeed config reference > docs/config.md`.
 
-`deepspeed.initialize(config=...)` takes a path, a dictionary, a JSON string or base64 of one. Look at one before you train:
+`deepspeed.initialize(config=...)` takes a path, a dictionary, a JSON string or base64 of one, such as `ds_config.json`:
 
+```json file=ds_config.json
+{
+  "train_batch_size": 64,
+  "optimizer": {"type": "AdamW", "params": {"lr": 3e-4}},
+  "bf16": {"enabled": true},
+  "zero_optimization": {"stage": 2}
+}
 ```
+
+Look at one before you train:
+
+```sh
 deepspeed config explain ds_config.json --world_size 8   # every effective value, and where it came from
 deepspeed config schema > ds_config.schema.json          # JSON Schema for editors: "$schema": "./ds_config.schema.json"
 ```

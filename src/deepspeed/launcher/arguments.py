@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 DEFAULT_HOSTFILE = "/job/hostfile"
 DEFAULT_LAUNCHER = "ssh"
@@ -135,9 +137,17 @@ class _Unbuilt(argparse.Action):
         parser.error(f"{option} is not built yet; leave it out")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says how to give an option a value that begins with a dash, such as another program's option."""
+
+    def error(self, message: str) -> NoReturn:
+        match = re.match(r"argument (\S*?)(--\w+): expected one argument", message)
+        super().error(f"{message}; write {match[2]}=VALUE where the value begins with a dash" if match else message)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the ``deepspeed`` command, for parsing and for help."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="deepspeed",
         usage="deepspeed [options] SCRIPT [arguments of the script]",
         description="Run a training script as one process per accelerator, or per CPU rank, on one or many nodes.",

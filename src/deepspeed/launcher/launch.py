@@ -2,7 +2,7 @@
 
 With ``--listen`` it reads what to do from its standard input: the name of a signal is passed on to the ranks, and the
 end of the input says that the launcher is gone or has seen another node fail. Without it, the end of its parent (the
-connection's ssh server) is a SIGTERM.
+connection's ssh server) is a SIGTERM; with ``--peers`` the nodes then tell each other of a failure.
 """
 
 from __future__ import annotations
@@ -32,18 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--master_addr", required=True, help="address of rank 0")
     parser.add_argument("--master_port", type=int, required=True, help="port of rank 0")
     parser.add_argument("--listen", action="store_true", help="read from the standard input when to stop")
+    parser.add_argument("--peers", action="store_true", help="learn from the other nodes when to stop")
     add_program_arguments(parser)
     options = parser.parse_args(argv)
     if not options.listen:
         end_with(os.getppid(), signal.SIGTERM)
     try:
         world = World(decode_world_info(options.world_info), options.master_addr, options.master_port)
-        return run_node(
-            Program.from_options(options),
-            make_node(world, options.node_rank),
-            chosen={},
-            attend=listen if options.listen else nullcontext,
-        )
+        node = make_node(world, options.node_rank)
+        attend = listen if options.listen else attend_peers(node) if options.peers else nullcontext
+        return run_node(Program.from_options(options), node, chosen={}, attend=attend)
     except LaunchError as error:
         print(f"deepspeed: error: {error}", file=sys.stderr)
         return 2
@@ -68,6 +66,15 @@ def run_node(program: Program, node: Node, *, chosen: dict[str, str], attend: At
     """Run the node's ranks to their end, as `deepspeed.launcher.node.run_ranks` says."""
     commands = rank_commands(program, node, chosen)
     return run_ranks(commands, host=node.host, grace_seconds=program.grace_seconds, attend=attend)
+
+
+def attend_peers(node: Node) -> Attendant:
+    """The exchange with the other nodes, where there are any."""
+    if len(node.world.pool) == 1:
+        return nullcontext
+    from .peers import Peers
+
+    return Peers(node).attend
 
 
 @contextmanager

@@ -23,6 +23,9 @@ from .errors import LaunchError
 from .program import Program
 from .world import World, encode_world_info
 
+PDSH_SSH_ARGUMENTS = "PDSH_SSH_ARGS_APPEND"
+"""The variable in which pdsh looks for more arguments for ssh."""
+
 
 @dataclass(frozen=True)
 class Command:
@@ -45,13 +48,15 @@ class Command:
 @dataclass(frozen=True)
 class Job:
     """What a runner makes commands of. ``exports`` are the variables that every rank gets; ``folder`` is where ranks
-    run; ``ssh_port`` 0 is ssh's own choice. Hosts that are not ``hosts_named`` are for the tool to choose."""
+    run; ``extra_arguments`` are the tool's, ``ssh_arguments`` those of ssh where the tool uses it; ``ssh_port`` 0 is ssh's
+    own choice. Hosts that are not ``hosts_named`` are for the tool to choose."""
 
     world: World
     program: Program
     exports: Mapping[str, str]
     folder: str
     extra_arguments: tuple[str, ...] = ()
+    ssh_arguments: tuple[str, ...] = ()
     ssh_port: int = 0
     hosts_named: bool = True
 
@@ -115,21 +120,23 @@ class SSHRunner(MultiNodeRunner):
 
     def commands(self) -> list[Command]:
         """One ssh for each host, in order of rank."""
-        prefix = ssh_prefix(self.job)
         return [
-            Command(host, (*prefix, host, self._node_entry(str(place), "--listen")), listens=True)
+            Command(host, ("ssh", *ssh_arguments(self.job), host, self._node_entry(str(place), "--listen")), listens=True)
             for place, host in enumerate(self.job.world.pool)
         ]
 
 
-def ssh_prefix(job: Job) -> tuple[str, ...]:
-    """ssh with its options, to be followed by a host. It never asks for a password."""
+def ssh_arguments(job: Job) -> tuple[str, ...]:
+    """What ssh gets before the host, from whoever starts it. It never asks for a password."""
     port = ("-p", str(job.ssh_port)) if job.ssh_port else ()
-    return ("ssh", "-o", "BatchMode=yes", *port, *job.extra_arguments)
+    return ("-o", "BatchMode=yes", *port, *job.ssh_arguments)
 
 
 class PDSHRunner(MultiNodeRunner):
-    """One pdsh for all nodes: it fills in ``%n``, the node's place, and prefixes each line with its host."""
+    """One pdsh for all nodes: it fills in ``%n``, the node's place, and prefixes each line with its host.
+
+    When one node fails it goes on waiting for the others (before its version 2.35, always), so nodes tell each other.
+    """
 
     name = "pdsh"
     executable = "pdsh"
@@ -137,13 +144,10 @@ class PDSHRunner(MultiNodeRunner):
     def commands(self) -> list[Command]:
         """The one pdsh."""
         hosts = ",".join(self.job.world.pool)
-        # -S: the nodes' exit code; -k: one node's failure ends the others; -b: one interrupt ends all;
-        # -f: all at once.
-        options = ("-S", "-k", "-b", "-f", str(len(self.job.world.pool)))
-        entry = self._node_entry("RANK").replace("%", "%%").replace("--node_rank=RANK", "--node_rank=%n", 1)
-        variables = {"PDSH_RCMD_TYPE": "ssh"}
-        if self.job.ssh_port:
-            variables["PDSH_SSH_ARGS_APPEND"] = f"-p {self.job.ssh_port}"
+        # -S: the nodes' exit code; -b: one interrupt ends all; -f: all at once.
+        options = ("-S", "-b", "-f", str(len(self.job.world.pool)))
+        entry = self._node_entry("RANK", "--peers").replace("%", "%%").replace("--node_rank=RANK", "--node_rank=%n", 1)
+        variables = {"PDSH_RCMD_TYPE": "ssh", PDSH_SSH_ARGUMENTS: shlex.join(ssh_arguments(self.job))}
         return [
             Command("pdsh", ("pdsh", *options, *self.job.extra_arguments, "-w", hosts, entry), variables, stop=signal.SIGINT)
         ]
@@ -166,10 +170,10 @@ class OpenMPIRunner(MultiNodeRunner):
 
 
 class MPICHRunner(MultiNodeRunner):
-    """MPICH's mpiexec, which is the Hydra process manager."""
+    """MPICH's mpiexec, by the name that no other MPI's has: where several are installed, mpiexec may be any of them."""
 
     name = "mpich"
-    executable = "mpiexec"
+    executable = "mpiexec.hydra"
 
     def commands(self) -> list[Command]:
         """The one mpiexec."""

@@ -158,6 +158,12 @@ def _start(commands: list[RankCommand], folder: str) -> SubprocessContext:
     return context
 
 
+def say(text: str) -> None:
+    """Write to standard error, if anybody still reads it: a lost connection must not keep the ranks from saving."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def listening(requests: Requests | None = None) -> Iterator[Requests]:
     """Note signals instead of dying of them, so that the ranks are always taken down first."""
@@ -180,7 +186,7 @@ def _watch(watch: _Watch, requests: Requests, oom_before: dict[Path, int], host:
             requests.failed = f"a rank failed on {host}"
             return _failed(watch, oom_before, host)
         if requests.elsewhere:
-            print(f"\ndeepspeed: {requests.elsewhere}; stopping the ranks on {host}", file=sys.stderr, flush=True)
+            say(f"\ndeepspeed: {requests.elsewhere}; stopping the ranks on {host}")
             _stop(watch, signal.SIGTERM, FAILURE_GRACE_SECONDS)
             return 1
         if len(codes) == len(watch.commands):
@@ -193,8 +199,7 @@ def _failed(watch: _Watch, oom_before: dict[Path, int], host: str) -> int:
     codes = watch.exit_codes()
     deaths = watch.deaths(codes, oom_before)
     stopped = [command.rank for local, command in enumerate(watch.commands) if local not in codes]
-    sys.stdout.flush()
-    print("\n" + failure.report(deaths, stopped, host), file=sys.stderr, flush=True)
+    say("\n" + failure.report(deaths, stopped, host))
     _stop(watch, signal.SIGTERM, FAILURE_GRACE_SECONDS)
     code = failure.first_cause(deaths).exit_code
     return 1 if code is None else code if code > 0 else 128 - code if code < 0 else 1
@@ -203,11 +208,7 @@ def _failed(watch: _Watch, oom_before: dict[Path, int], host: str) -> int:
 def _interrupted(watch: _Watch, requests: Requests, oom_before: dict[Path, int], grace_seconds: float) -> int:
     number = requests.signals[0]
     name = signal.Signals(number).name
-    print(
-        f"\ndeepspeed: {name} received; ranks have {grace_seconds:g} s to save and end (again to end them now)",
-        file=sys.stderr,
-        flush=True,
-    )
+    say(f"\ndeepspeed: {name} received; ranks have {grace_seconds:g} s to save and end (again to end them now)")
     _signal_running(watch, number)
     deadline = time.monotonic() + grace_seconds
     while len(codes := watch.exit_codes()) < len(watch.commands):
@@ -216,10 +217,10 @@ def _interrupted(watch: _Watch, requests: Requests, oom_before: dict[Path, int],
         time.sleep(POLL_SECONDS)
     for death in watch.deaths(codes, oom_before):
         if death.record is not None:
-            print(f"deepspeed: rank {death.rank} ended with {death.reason}", file=sys.stderr)
+            say(f"deepspeed: rank {death.rank} ended with {death.reason}")
     running = [command.rank for local, command in enumerate(watch.commands) if local not in codes]
     if running:
-        print(f"deepspeed: killing ranks that still run: {', '.join(map(str, running))}", file=sys.stderr, flush=True)
+        say(f"deepspeed: killing ranks that still run: {', '.join(map(str, running))}")
         _stop(watch, signal.SIGKILL, FAILURE_GRACE_SECONDS)
     return 128 + number
 

@@ -1,4 +1,4 @@
-"""Nodes that were started by hand (``--no_ssh``) tell each other when a rank fails or a user interrupts.
+"""Nodes that were started by hand (``--no_ssh``) or by pdsh tell each other when a rank fails or a user interrupts.
 
 The launcher of node 0 serves a small TCP store on the port after the master's. A key ``stop`` in it holds the first
 such word; each node looks twice a second. This is a help, not a condition: where the port cannot be had or reached,

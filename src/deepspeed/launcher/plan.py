@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import socket
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
 from .arguments import DEFAULT_HOSTFILE, DEFAULT_LAUNCHER, DEFAULT_PORT
 from .environment import exported_variables
 from .errors import LaunchError
 from .hostfile import fetch_hostfile, parse_inclusion_exclusion
-from .multinode_runner import RUNNERS, Job, MultiNodeRunner
+from .multinode_runner import PDSH_SSH_ARGUMENTS, RUNNERS, Job, MultiNodeRunner
 from .program import Program
 from .resources import accelerator_count, available_cores
 from .world import World
 
 LOCALHOST = "localhost"
 LOOPBACK = "127.0.0.1"
-_LOOPBACK_NAMES = (LOCALHOST, LOOPBACK, "::1")
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,14 @@ def make_plan(options: argparse.Namespace, chosen: dict[str, str]) -> Plan:
     launcher = options.launcher or DEFAULT_LAUNCHER
     asks_slurm = launcher == "slurm" and not options.master_addr
     address = "" if asks_slurm else _master_address(options, pool, hosts.named)
+    arguments = tuple(shlex.split(options.launcher_args))
     job = Job(
         world=World(pool, address, port),
         program=Program.from_options(options),
         exports=exported_variables(chosen),
         folder=str(Path.cwd()),
-        extra_arguments=tuple(shlex.split(options.launcher_args)),
+        extra_arguments=() if launcher == "ssh" else arguments,
+        ssh_arguments=arguments if launcher == "ssh" else tuple(shlex.split(os.environ.get(PDSH_SSH_ARGUMENTS, ""))),
         ssh_port=options.ssh_port,
         hosts_named=hosts.named,
     )
@@ -117,14 +120,22 @@ def _master_address(options: argparse.Namespace, pool: dict[str, list[int]], nam
     if not named:
         raise LaunchError("--no_ssh without a hostfile needs --master_addr HOST: the address of node 0")
     first, *others = pool
-    beyond = [host for host in others if host not in _LOOPBACK_NAMES]
-    if first in _LOOPBACK_NAMES and beyond:
+    beyond = [host for host in others if not _is_loopback(host)]
+    if _is_loopback(first) and beyond:
         raise LaunchError(f"{beyond[0]} cannot reach rank 0 at {first}; give --master_addr with an address that it can")
     return first
 
 
 def _is_this_machine(host: str) -> bool:
-    return host in _LOOPBACK_NAMES or host in (socket.gethostname(), socket.getfqdn())
+    return _is_loopback(host) or host in (socket.gethostname(), socket.getfqdn())
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a name means the machine itself to whoever uses it: ``localhost``, ``127.0.0.2``, ``::1``."""
+    try:
+        return host == LOCALHOST or ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def _free_port() -> int:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import re
 import signal
+import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,14 +100,14 @@ def first_host(nodes: str) -> str:
 
 
 def master_address(variables: Mapping[str, str], place: Place) -> str:
-    """Where rank 0 listens: MASTER_ADDR, Slurm's first node, or this machine where all ranks are on it."""
+    """Where rank 0 listens: MASTER_ADDR, this machine where all ranks are on it, or Slurm's first node."""
     if variables.get("MASTER_ADDR"):
         return variables["MASTER_ADDR"]
+    if place.local_size == place.size:
+        return "127.0.0.1"
     nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST")
     if nodes:
         return first_host(nodes)
-    if place.local_size == place.size:
-        return "127.0.0.1"
     raise LaunchError("ranks are on several nodes and MASTER_ADDR is not set; set it to the address of rank 0's node")
 
 
@@ -175,7 +178,27 @@ def _become(program: Program, pool: Mapping[str, list[int]]) -> None:
     if program.kind == "program":
         worker.execute(command)
     sys.argv[:] = command
-    worker.run(program.kind, command[0])
+    try:
+        worker.run(program.kind, command[0])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if 0 < code < 128:  # above, a signal has ended the script: so it has the other ranks, which may be saving
+            end_job(os.environ, code)
+        raise
+    except Exception as error:
+        worker.show(error)
+        print(f"deepspeed: rank {place.rank} failed on {platform.node()}", file=sys.stderr, flush=True)
+        end_job(os.environ, 1)
+        sys.exit(1)
+
+
+def end_job(variables: Mapping[str, str], code: int) -> None:
+    """Have MPICH's kin of launchers (Hydra) end the other ranks and return ``code``. The other launchers do so by
+    themselves when a rank fails; Hydra does for signals, and otherwise waits for an ``abort`` of its PMI protocol."""
+    if "MPI_LOCALRANKID" not in variables or "PMI_FD" not in variables:
+        return
+    with suppress(OSError, ValueError), socket.socket(fileno=int(variables["PMI_FD"])) as hydra:
+        hydra.sendall(f"cmd=abort exitcode={code}\n".encode())
 
 
 if __name__ == "__main__":

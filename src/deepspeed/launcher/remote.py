@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 from .errors import LaunchError
-from .multinode_runner import Command, Job, ssh_prefix
-from .node import FAILURE_GRACE_SECONDS, POLL_SECONDS, Requests, listening
+from .multinode_runner import Command, Job, ssh_arguments
+from .node import FAILURE_GRACE_SECONDS, POLL_SECONDS, Requests, listening, say
 from .worker import end_with
 
 REACH_SECONDS = 10  # for a host to answer
@@ -22,7 +21,7 @@ SSH_FAILED = 255
 
 def check_reachable(job: Job) -> None:
     """Raise LaunchError that names the hosts on which ssh cannot run a command without asking for a password."""
-    prefix = (*ssh_prefix(job), "-o", f"ConnectTimeout={REACH_SECONDS}")
+    prefix = ("ssh", *ssh_arguments(job), "-o", f"ConnectTimeout={REACH_SECONDS}")
     attempts = {
         host: subprocess.Popen(
             (*prefix, host, "true"), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -62,7 +61,7 @@ def _watch(started: list[_Remote], requests: Requests, grace_seconds: float) -> 
         failed = next((remote for remote in started if remote.poll()), None)
         if failed is not None:
             code = failed.poll() or 0
-            _say(f"deepspeed: {failed.account(code)}")
+            say(f"deepspeed: {failed.account(code)}")
             _stop(started)
             return 128 - code if code < 0 else code
         if all(remote.poll() == 0 for remote in started):
@@ -89,10 +88,6 @@ def _wait(started: Iterable[_Remote], seconds: float, enough: Callable[[], bool]
     deadline = time.monotonic() + seconds
     while any(remote.poll() is None for remote in started) and time.monotonic() < deadline and not enough():
         time.sleep(POLL_SECONDS)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 class _Remote:

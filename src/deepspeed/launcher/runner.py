@@ -15,7 +15,7 @@ from .arguments import REMOTE_SHELLS, parse_args
 from .environment import DEEPSPEED_ENVIRONMENT_NAME, chosen_variables
 from .errors import LaunchError
 from .hostfile import fetch_hostfile, parse_inclusion_exclusion, parse_resource_filter
-from .launch import make_node, run_node
+from .launch import attend_peers, make_node, run_node
 from .multinode_runner import MultiNodeRunner
 from .plan import Plan, make_plan
 from .program import Program, rank_commands
@@ -64,11 +64,7 @@ def _run(plan: Plan, program: Program, chosen: dict[str, str], options: argparse
     if plan.runner is not None:
         return _run_elsewhere(plan.runner, program, check_ssh=not options.no_ssh_check)
     node = make_node(plan.world, plan.node_rank)
-    if len(plan.world.pool) == 1:
-        return run_node(program, node, chosen=chosen)
-    from .peers import Peers
-
-    return run_node(program, node, chosen=chosen, attend=Peers(node).attend)
+    return run_node(program, node, chosen=chosen, attend=attend_peers(node))
 
 
 def _run_elsewhere(runner: MultiNodeRunner, program: Program, *, check_ssh: bool) -> int:

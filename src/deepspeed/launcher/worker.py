@@ -88,16 +88,30 @@ def run(kind: str, target: str) -> None:
     runpy.run_path(target, run_name="__main__")
 
 
+def show(error: Exception) -> None:
+    """Show an error in the script as the script itself would have shown it."""
+    if sys.excepthook is sys.__excepthook__:
+        sys.stderr.write(_traceback(error))
+    else:  # the script has a way of its own to show errors
+        sys.excepthook(type(error), error, error.__traceback__)
+
+
+def _traceback(error: Exception) -> str:
+    """The traceback from the script on, without the frames that lead there."""
+    own, runner = Path(__file__).parent, (runpy.__file__, "<frozen runpy>")
+    tree = traceback.TracebackException.from_exception(error)
+    frames = [frame for frame in tree.stack if Path(frame.filename).parent != own and frame.filename not in runner]
+    tree.stack = traceback.StackSummary.from_list(frames)
+    return "".join(tree.format())
+
+
 def _record(error: Exception, error_file: Path) -> None:
     """Leave the traceback to the launcher, which shows the first rank's and counts the others in one line each."""
-    if sys.excepthook is not sys.__excepthook__:  # the script has a way of its own to show errors
-        sys.excepthook(type(error), error, error.__traceback__)
+    if sys.excepthook is not sys.__excepthook__:
+        show(error)
     if error_file.exists():  # the script is decorated with torch's record, which has written it
         return
-    own = {__file__, runpy.__file__, "<frozen runpy>"}
-    tree = traceback.TracebackException.from_exception(error)
-    tree.stack = traceback.StackSummary.from_list([frame for frame in tree.stack if frame.filename not in own])
-    text = "".join(tree.format())
+    text = _traceback(error)
     message = {
         "message": f"{type(error).__name__}: {error}",
         "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time())), "time": time.time()},
