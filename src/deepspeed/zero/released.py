@@ -68,7 +68,7 @@ def _harmless() -> frozenset[Any]:
     kinds = ("__get__", "__set__", "__delete__")
     accessors = [getattr(p, kind) for p in properties if hasattr(type(p), "__set__") for kind in kinds if hasattr(p, kind)]
     methods = [getattr(torch.Tensor, name) for name in _METHODS if hasattr(torch.Tensor, name)]
-    functions = [torch.is_complex, torch.is_floating_point, torch.is_inference, torch.is_tensor]
+    functions: list[Any] = [torch.is_complex, torch.is_floating_point, torch.is_inference, torch.is_tensor]
     return frozenset([*accessors, *methods, *functions, torch._has_compatible_shallow_copy_type])
 
 
