@@ -110,12 +110,13 @@ def states_of(stage: int) -> tuple[int, ModelStateBytes]:
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 256},
     }
+    numel = sum(p.numel() for p in model.parameters())
     engine = deepspeed.initialize(model=model, config=config)[0]
     for _ in range(2):
         engine.backward(engine(torch.randn(2, 256, dtype=torch.bfloat16)).float().mean())
         states = engine.model_state_bytes()
         engine.step()
-    return sum(p.numel() for p in model.parameters()), states
+    return numel, states
 
 
 @pytest.mark.parametrize("size", [2, 4])

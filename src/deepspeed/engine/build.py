@@ -189,7 +189,6 @@ def shard_model(
         scaler=build_loss_scaler(config),
         clip=config.gradient_clipping,
         overlap=settings.overlap,
-        settle=model.scopes.end_backward,
     )
     make_inspectable(sharded)
     return model, sharded

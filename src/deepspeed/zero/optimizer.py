@@ -51,7 +51,6 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
 class ShardedOptimizer(DeepSpeedOptimizer):
     """A torch optimizer whose states, and as the policy says gradients, are sharded over ranks.
 
-    ``settle`` is called before parameters change: what was gathered of them must not outlive the change.
     ``param_groups``, ``state`` and ``defaults`` are the inner optimizer's, live: schedulers built on either one act on
     both.
     """
@@ -66,7 +65,6 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         scaler: LossScaler,
         clip: float,
         overlap: bool,
-        settle: Callable[[], None] = lambda: None,
     ):
         self.optimizer = optimizer
         self.flat = flat
@@ -76,7 +74,6 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         self.clip = clip
         self.outcome: StepOutcome | None = None
         self._overlap = overlap
-        self._settle = settle
         self._steps = 0
         self.shards = tuple(FlatShard(flat.masters[bucket.index], bucket, flat.shard) for bucket in flat.layout.buckets)
         self._given = [group["params"] for group in optimizer.param_groups]
@@ -154,7 +151,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
             raise ValueError("a sharded optimizer steps on reduced gradients and cannot re-evaluate a closure")
         if self.communicator.rank == 0:
             self.frozen.warn_of_unoptimized()
-        self._settle()
+        self.flat.settle()
         summary = self._agree()
         norm = summary.norm / self.scaler.scale
         self._steps += 1

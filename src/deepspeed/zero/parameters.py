@@ -32,7 +32,8 @@ class FlatParameters:
 
     ``buffers[i]`` is bucket i's whole buffer in the model's dtype; ``slices[i]`` is this shard's slice of it: a part of
     the buffer, or memory of its own where the bucket belongs to a unit, whose buffer comes and goes. ``masters[i]`` is
-    the slice in the dtype of the masters: the same memory where the model itself has that dtype.
+    the slice in the dtype of the masters: the same memory where the model itself has that dtype. ``settle`` is called
+    before parameters change: what was gathered of them must not outlive the change.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class FlatParameters:
         self.buffers: list[Tensor] = []
         self.slices: list[Tensor] = []
         self.masters: list[Tensor] = []
+        self.settle: Callable[[], None] = lambda: None
         self._master_dtype = master_dtype
 
     def move_in(self, communicator: Communicator) -> Iterator[Bucket]:

@@ -114,7 +114,9 @@ def move_in(
     units = [ParameterUnit(index, name, parts[index], fetching) for index, name in enumerate(layout.plan.names)]
     modules = dict(module.named_modules())
     needs = {modules[name]: [units[index] for index in indices] for name, indices in layout.plan.needs.items()}
-    return ShardedModel(module, trained, frozen, ModuleScopes(UnitFetcher(units, limits), needs), fetching)
+    scopes = ModuleScopes(UnitFetcher(units, limits), needs)
+    trained.settle = scopes.end_backward
+    return ShardedModel(module, trained, frozen, scopes, fetching)
 
 
 def _replicate(parameters: Iterable[nn.Parameter], communicator: Communicator) -> None:
