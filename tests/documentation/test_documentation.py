@@ -54,19 +54,19 @@ def test_what_a_page_names_is_there(page: Page) -> None:
         load_config(configuration, world_size=2)
 
 
-@pytest.fixture
-def fresh_ranks() -> Iterator[Callable[..., list[Any]]]:
-    """``ranks`` of new processes: a page may show what is configured for a whole process."""
+@pytest.fixture(scope="module")
+def own_ranks() -> Iterator[Callable[..., list[Any]]]:
+    """``ranks`` in processes of these tests alone: a page may show what is configured for a whole process."""
     pool = Pool()
     yield pool.run
     pool.close()
 
 
 @each_page("python")
-def test_the_python_of_a_page_runs_on_two_ranks(page: Page, fresh_ranks, tmp_path) -> None:
+def test_the_python_of_a_page_runs_on_two_ranks(page: Page, own_ranks, tmp_path) -> None:
     page.write_files(tmp_path)
     blocks = page.running("python")
-    printed, _ = fresh_ranks(2, run_python, blocks, str(tmp_path))
+    printed, _ = own_ranks(2, run_python, blocks, str(tmp_path))
     for block, text in zip(blocks, printed, strict=True):
         check_output(text, page.output_of(block))
 
