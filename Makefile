@@ -7,6 +7,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: train test check clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) with torch and the package: a few minutes, once"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,check]'
