@@ -55,6 +55,19 @@ def twice(options: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
     return weights(trainer.model), getattr(trainer.model_wrapped, "global_steps", 6)
 
 
+@isolated
+def refused_a_second_time(stage: int) -> str:
+    trainer = make_trainer("unused", deepspeed=auto_config(stage))
+    trainer.train()
+    with pytest.raises(RuntimeError) as caught:
+        trainer.train()
+    return str(caught.value)
+
+
+def test_a_second_training_as_it_is_says_what_to_do(ranks):
+    assert "trainer.model_wrapped = trainer.model" in ranks(1, refused_a_second_time, 2)[0]
+
+
 @each_stage_and_world
 def test_a_trainer_trains_again_once_it_is_given_its_model_back(ranks, stage, world):
     expected, _ = twice(of_all_ranks(world))

@@ -21,13 +21,12 @@ from torch import Tensor
 
 from ..checkpoint.directory import CheckpointError, find_checkpoint, on_all_ranks, read_latest
 from ..checkpoint.reader import WEIGHT, CheckpointReader, Part
-from ..checkpoint.values import decode
 from ..memory.layout import Fragment
 from ..optim.segments import FlatShard, cuts
 from ..zero.gathered import GatheredParameters
 from ..zero.optimizer import ShardedOptimizer
 from ..zero.unfreezing import unfreeze
-from .checkpointing import client_name, model_shapes, untrained_tensors
+from .checkpointing import model_shapes, untrained_tensors
 
 if TYPE_CHECKING:
     from .engine import DeepSpeedEngine
@@ -97,7 +96,7 @@ def load_training_checkpoint(
         def prepare() -> tuple[_Plan, dict[str, Any]]:
             plan = _make_plan(engine, reader, request)
             reader.verify(plan.pieces())
-            return plan, decode(reader.index["client_state"], lambda name: reader.verified(client_name(name)))
+            return plan, reader.client_state()
 
         reader = on_all_ranks(open_reader, f"loading {directory / found}", communicator)
         if engine.optimizer is not None and request.optimizer_states:
