@@ -76,7 +76,7 @@ def without_frozen(state: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("safe", [False, True], ids=["torch", "safetensors"])
 def test_files_are_split_at_the_size_and_indexed(ranks, tmp_path, safe):
     expected = ranks(2, saved, str(tmp_path), 2, "fp32")[0]
-    read, suffix = (load_file, "safetensors") if safe else (torch.load, "bin")
+    read = load_file if safe else torch.load
     convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "one", safe_serialization=safe)
     (file,) = (tmp_path / "one").iterdir()
     assert file.name == ("model.safetensors" if safe else "pytorch_model.bin")
