@@ -33,6 +33,7 @@ def unconfigured() -> Iterator[None]:
     """Accelerate and Transformers keep their configuration in variables of the environment and of their classes: leave
     both as they were found, for the next test in this process."""
     before = dict(os.environ)
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500")
     try:
         yield
     finally:

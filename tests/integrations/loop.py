@@ -37,14 +37,14 @@ def schedule(optimizer: torch.optim.Optimizer) -> Any:
 
 
 @cache
-def plain(world: int, seed: int = 3, scheduled: bool = True) -> dict[str, Tensor]:
-    """The training in one process; a batch has all ranks' samples. Accelerate steps a schedule once for each rank, as if
-    the ranks trained one after another."""
+def plain(world: int, seed: int = 3, decay: int = 0, scale: float = 1.0) -> dict[str, Tensor]:
+    """The training in one process; a batch has all ranks' samples. The schedule is ``schedule``, stepped ``decay`` times
+    after each step; losses are multiplied by ``scale``."""
     model = perceptron(seed)
     optimizer = sgd(model)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step * world) if scheduled else 1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step * decay))
     for index, (x, y) in enumerate(samples(BATCH * world)):
-        (nn.functional.mse_loss(model(x), y) / ACCUMULATION).backward()
+        (nn.functional.mse_loss(model(x), y) * scale / ACCUMULATION).backward()
         if (index + 1) % ACCUMULATION == 0:
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()

@@ -68,7 +68,7 @@ def both_trained(stage: int) -> list[dict[str, Tensor]]:
 
 @each_stage
 def test_two_models_are_trained_in_turns(ranks, stage):
-    expected = [plain(2, seed, scheduled=False) for seed in (3, 9)]
+    expected = [plain(2, seed) for seed in (3, 9)]
     for results in ranks(2, both_trained, stage):
         for result, weights_expected in zip(results, expected, strict=True):
             assert_same(result, weights_expected, TOLERANCE)
