@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPT2LMHeadModel
+
+from deepspeed.utils.zero_to_fp32 import load_state_dict_from_zero_checkpoint
 
 from .common import assert_same, each_stage, isolated, language_model, weights
 from .trainer import OPTIMIZER, SCHEDULER, auto_config, make_trainer, outcome
@@ -72,3 +75,42 @@ def saved_model(folder: str, stage: int) -> dict[str, Tensor]:
 def test_a_saved_model_is_loaded_without_this_package(ranks, tmp_path, stage):
     for trained in ranks(2, saved_model, str(tmp_path), stage):
         assert_same(weights(GPT2LMHeadModel.from_pretrained(tmp_path)), trained)
+
+
+@isolated
+def skipping_in_fp16(folder: str, stage: int) -> dict[str, Any]:
+    """A training of which no step succeeds: the loss scale begins far too high."""
+    sections = {"fp16": {"enabled": "auto", "initial_scale_power": 60}, "optimizer": OPTIMIZER, "scheduler": SCHEDULER}
+    options = {"fp16": True, "save_strategy": "steps", "save_steps": 6}
+    trainer = make_trainer(folder, deepspeed=auto_config(stage, **sections), **options)
+    before = weights(trainer.model.half())
+    trainer.train()
+    engine = trainer.model_wrapped
+    return {
+        "same": all(torch.equal(value, before[name]) for name, value in weights(trainer.model).items()),
+        "skipped": (engine.skipped_steps, trainer.state.global_step, trainer.accelerator.optimizer_step_was_skipped),
+        "rates": outcome(trainer).rates,
+    }
+
+
+@each_stage
+def test_skipped_steps_count_for_checkpoints_and_not_for_the_schedule(ranks, tmp_path, stage):
+    for result in ranks(2, skipping_in_fp16, str(tmp_path), stage):
+        assert result == {"same": True, "skipped": (6, 6, True), "rates": [0.0] * 6}
+    assert (tmp_path / "checkpoint-6/latest").read_text() == "global_step6"
+
+
+@isolated
+def filled_from_a_checkpoint(folder: str, stage: int) -> bool:
+    trainer = make_trainer(folder, deepspeed=auto_config(stage), save_strategy="steps", save_steps=6)
+    trainer.train()
+    trained = weights(trainer.model)
+    for parameter in trainer.model.parameters():
+        parameter.data.zero_()
+    model = load_state_dict_from_zero_checkpoint(trainer.model, f"{folder}/checkpoint-6")
+    return all(torch.equal(value, trained[name]) for name, value in weights(model).items())
+
+
+@each_stage
+def test_a_model_is_filled_from_the_trainers_checkpoint(ranks, tmp_path, stage):
+    assert ranks(2, filled_from_a_checkpoint, str(tmp_path), stage) == [True, True]
