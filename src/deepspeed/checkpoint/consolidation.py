@@ -113,7 +113,7 @@ def parse_size(size: int | str | None) -> float:
 
 
 def _wanted(reader: CheckpointReader, exclude_frozen_parameters: bool) -> list[str]:
-    left_out = set(reader.index["frozen"]) if exclude_frozen_parameters else set()
+    left_out = set(reader.index.get("frozen", ())) if exclude_frozen_parameters else set()
     return [name for name, stored in reader.names.items() if stored not in left_out]
 
 

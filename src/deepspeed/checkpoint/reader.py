@@ -56,7 +56,7 @@ class CheckpointReader:
         self.index = self._read_index()
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in self.index["shapes"].items()}
         self.names = {name: name for name in self.shapes}
-        self.names |= {name: stored for name, stored in self.index["tied"].items() if stored in self.shapes}
+        self.names |= {name: stored for name, stored in self.index.get("tied", {}).items() if stored in self.shapes}
         self._files: dict[str, Any] = {}
         self._pieces: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
         self._kinds: dict[str, set[str]] = defaultdict(set)

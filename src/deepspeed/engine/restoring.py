@@ -236,7 +236,7 @@ def _load_module(engine: DeepSpeedEngine, reader: CheckpointReader, load: Callab
     """Let the user's function load the weights. The masters take over what it wrote, in fp32."""
     module, optimizer, communicator = engine.module, engine.optimizer, engine.communicator
     state = OrderedDict((name, reader.whole(name)) for name in reader.shapes)
-    state.update((name, state[stored]) for name, stored in reader.index.get("tied", {}).items() if stored in state)
+    state.update((name, state[stored]) for name, stored in reader.names.items())
     if optimizer is None:
         on_all_ranks(lambda: load(src=state, dst=module), "custom_load_fn", communicator)
         return
