@@ -1,10 +1,11 @@
-# `make train` runs the main job, `make test` the tests, `make check` the static checks; each sets up .venv first.
+# `make train` runs the main job, `make test` the tests, `make test-integrations` those with the libraries that train with
+# this package, `make check` the static checks; each sets up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test check clean
+.PHONY: train test test-integrations check clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@echo "setting up $(VENV) with torch and the package: a few minutes, once"
@@ -13,11 +14,18 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,check]'
 	touch $@
 
+$(VENV)/integrations: $(VENV)/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[integrations]'
+	touch $@
+
 train: $(VENV)/ready
 	$(BIN)/deepspeed --num_gpus 2 examples/train_lm/train.py --deepspeed_config examples/train_lm/ds_config.json
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/integrations
+
+test-integrations: $(VENV)/integrations
+	$(BIN)/python -m pytest tests/integrations
 
 check: $(VENV)/ready
 	$(BIN)/ruff check src tests examples benchmarks

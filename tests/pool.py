@@ -106,7 +106,8 @@ def _call(rank: int, ranks: int, store: str, module: str, name: str, args: tuple
     function = importlib.import_module(module)
     for part in name.split("."):
         function = getattr(function, part)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+    size = str(ranks)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
     dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
     # A rank that is done at once must not close connections that another is still making.
     dist.barrier()

@@ -88,12 +88,19 @@ NAMES: dict[str, list[str]] = {
     ],
     "runtime.zero.stage3": estimators(3),
     "runtime.zero.stage_1_and_2": ["DeepSpeedZeroOptimizer", *estimators(2)],
-    "utils": [*SAFE, "RepeatingLoader", "groups", "log_dist", "logger", "logging", "safe_update_full_grad_vectorized"],
+    "utils": [
+        *[*SAFE, "RepeatingLoader", "groups", "log_dist", "logger", "logging", "safe_update_full_grad_vectorized"],
+        "zero_to_fp32",
+    ],
     "utils.groups": [
         *[f"_get_data_parallel_{what}" for what in ("group", "rank", "world_size")],
         *[f"_get_sequence_parallel_{what}" for what in ("rank", "world_size")],
     ],
     "utils.logging": ["log_dist", "logger"],
+    "utils.zero_to_fp32": [
+        *["convert_zero_checkpoint_to_fp32_state_dict", "get_fp32_state_dict_from_zero_checkpoint"],
+        *["get_model_state_file", "get_optim_files", "load_state_dict_from_zero_checkpoint", "main"],
+    ],
 }
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import deepspeed
+
 SOURCE = Path(__file__).parent.parent.parent / "src"
 
 LEAVES_A_THREAD_LIST = """
@@ -31,3 +33,8 @@ def test_no_thread_of_gloo_is_left_when_the_interpreter_is_torn_down():
     meanwhile, end = result.stdout.splitlines()
     assert "pt_gloo_runloop" in meanwhile
     assert "gloo" not in end
+
+
+def test_a_group_that_has_to_be_there_already_and_is_not_is_an_error():
+    with pytest.raises(RuntimeError, match="there is no process group"):
+        deepspeed.init_distributed("gloo", dist_init_required=False)

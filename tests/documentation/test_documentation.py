@@ -13,8 +13,8 @@ from tests.documentation.pages import LANGUAGES, ROOT, Block, Page, check_output
 from tests.pool import Pool
 
 PAGES = pages()
-NEEDS = {("docs/monitoring.md", "wandb,comet_ml")}
-"""What examples may need that is not here: by page."""
+NEEDS = {("docs/monitoring.md", "wandb,comet_ml"), ("docs/integrations.md", "transformers")}
+"""What examples may need that is not here: by page. Those of integrations.md run in tests/integrations."""
 
 
 def each_page(*languages: str) -> pytest.MarkDecorator:

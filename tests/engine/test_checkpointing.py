@@ -182,7 +182,7 @@ def test_a_full_disk_is_said_on_every_rank_and_leaves_the_old_checkpoint(ranks, 
     expected = ranks(2, saved, str(tmp_path), 2)[0]
     for message in ranks(2, save_on_a_full_disk, str(tmp_path)):
         assert "failed on rank 1" in message
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step2", "latest"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step2", "latest", "zero_to_fp32.py"]
     assert_close(ranks(2, resumed, str(tmp_path))[0][0][0], expected, 1e-5)
 
 

@@ -92,8 +92,14 @@ def test_ten_engines_leave_nothing_behind(ranks, stage, config):
         assert last["resident bytes"] - first["resident bytes"] < 5e6
 
 
+def refusal(call) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        call()
+    return str(caught.value)
+
+
 def ended() -> dict[str, object]:
-    """The model after ``destroy``, which the caller goes on with, and how a second call is taken."""
+    """The model after ``destroy``, which the caller goes on with, and how later calls are taken."""
     engine = make_engine(Training(perceptron, squared_output), 2)
     squared_output(engine, 0, engine.backward)
     weights = state_of(engine.module)
@@ -104,12 +110,17 @@ def ended() -> dict[str, object]:
     return {
         "same": all(torch.equal(value, weights[name]) for name, value in state_of(model).items()),
         "gradients": all(p.grad is not None for p in model.parameters()),
-        "forwards": engine(torch.ones(1, WIDTH)).shape,
+        "evaluates": engine.eval()(torch.ones(1, WIDTH)).shape,
+        "refuses": [refusal(lambda: engine.train()(torch.ones(1, WIDTH))), refusal(engine.step)],
     }
 
 
 def test_a_destroyed_engine_gives_its_model_back(ranks):
-    assert ranks(1, ended) == [{"same": True, "gradients": True, "forwards": (1, 1)}]
+    (found,) = ranks(1, ended)
+    refusals = found.pop("refuses")
+    assert found == {"same": True, "gradients": True, "evaluates": (1, 1)}
+    for call, refusal in zip(("forward", "step"), refusals, strict=True):
+        assert f"engine.{call}(): this engine was destroyed" in refusal
 
 
 class Numbers(Dataset):

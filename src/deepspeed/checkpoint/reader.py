@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .directory import CHECKSUM, FORMAT, INDEX, VERSION, CheckpointError, checksum, file_name, index_checksum
+from .values import decode
 
 WEIGHT = "weight"
 
@@ -27,6 +28,11 @@ WEIGHT = "weight"
 def piece_name(kind: str, name: str, start: int) -> str:
     """The name under which elements of a tensor from ``start`` on are stored."""
     return f"{kind}/{name}@{start}"
+
+
+def client_name(name: str) -> str:
+    """The name under which a tensor of ``client_state`` is stored."""
+    return f"client/{name}"
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,16 @@ class Part:
 class CheckpointReader:
     """One checkpoint's index and stored tensors. A context manager: it holds files open.
 
-    ``index`` is the whole index; ``shapes`` are those of the model's tensors, by name.
+    ``index`` is the whole index; ``shapes`` are those of the model's tensors, by name. ``names`` has, for each name in
+    the model's state dict, the name by which the tensor is stored: tied tensors are stored once.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.index = self._read_index()
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in self.index["shapes"].items()}
+        self.names = {name: name for name in self.shapes}
+        self.names |= {name: stored for name, stored in self.index.get("tied", {}).items() if stored in self.shapes}
         self._files: dict[str, Any] = {}
         self._pieces: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
         self._kinds: dict[str, set[str]] = defaultdict(set)
@@ -115,6 +124,11 @@ class CheckpointReader:
         shape = self.shapes[name]
         parts = [self.read_part(part) for part in self.parts(WEIGHT, name, 0, prod(shape))]
         return (torch.cat(parts) if parts else torch.empty(0)).view(shape)
+
+    def client_state(self) -> dict[str, Any]:
+        """What ``save_checkpoint`` was given as ``client_state``."""
+        state: dict[str, Any] = decode(self.index["client_state"], lambda name: self.verified(client_name(name)))
+        return state
 
     def _open(self) -> None:
         for rank in range(self.index["ranks"]):

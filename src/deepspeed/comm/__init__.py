@@ -81,9 +81,11 @@ def init_distributed(
     verbose: bool = True,
     timeout: timedelta = timedelta(minutes=30),
     init_method: str | None = None,
+    dist_init_required: bool | None = None,
     **kwargs: Any,
 ) -> None:
-    """Make the default process group, unless there is one.
+    """Make the default process group, unless there is one. With ``dist_init_required`` False there has to be one, else it
+    is an error.
 
     Ranks come from the launcher's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without it the process is
     the only rank. ``dist_backend`` None is nccl where there are CUDA devices, gloo elsewhere. The group ends with the
@@ -91,6 +93,8 @@ def init_distributed(
     """
     if dist.is_initialized():
         return
+    if dist_init_required is False:
+        raise RuntimeError("there is no process group, and init_distributed(dist_init_required=False) makes none")
     # The defaults of this module's functions are the default group as it is when the module is imported. torch.optim
     # imports it: later than here, the defaults would keep the group and its threads alive after `_leave`.
     importlib.import_module("torch.distributed.nn")

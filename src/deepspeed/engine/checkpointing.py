@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..checkpoint.directory import CheckpointError, on_all_ranks, write_checkpoint, write_latest
-from ..checkpoint.reader import WEIGHT, piece_name
+from ..checkpoint.reader import WEIGHT, client_name, piece_name
+from ..checkpoint.script import write_script
 from ..checkpoint.values import encode
 from ..comm.communicator import Communicator
 from ..optim.segments import Segment, is_elementwise
@@ -53,13 +54,20 @@ def save_training_checkpoint(
             tensors |= {piece_name(WEIGHT, name, 0): value.clone() for name, value in others.items()}
             tensors |= {client_name(name): value for name, value in client_tensors.items()}
         shapes = {name: list(shape) for name, shape in model_shapes(engine).items() if name not in left_out}
-        names = {"shapes": shapes, "tied": _tied_names(engine), "left_out": sorted(left_out)}
+        tied = _tied_names(engine)
+        frozen = {tied.get(name, name) for name in frozen_parameters(engine.module)}
+        names = {"shapes": shapes, "tied": tied, "frozen": sorted(frozen), "left_out": sorted(left_out)}
         return tensors, {**_small_states(engine), "client_state": encoded, **names}
+
+    def add_script() -> None:
+        if communicator.rank == 0:
+            write_script(directory)
 
     tensors, index = on_all_ranks(compose, f"saving {directory / tag}", communicator)
     if engine.optimizer is not None:
         index["optimizer"]["parameters"] = _joined(communicator.gather_objects(_numbers(engine.optimizer)))
     write_checkpoint(directory, tag, tensors, index, communicator)
+    on_all_ranks(add_script, f"saving {directory / tag}", communicator)
     if save_latest:
         write_latest(directory, tag, communicator)
 
@@ -118,11 +126,6 @@ def _tied_names(engine: DeepSpeedEngine) -> dict[str, str]:
     return {name: first[id(value)] for name, value in tensors.items() if first.setdefault(id(value), name) != name}
 
 
-def client_name(name: str) -> str:
-    """The name under which a tensor of ``client_state`` is stored."""
-    return f"client/{name}"
-
-
 def _small_states(engine: DeepSpeedEngine) -> dict[str, Any]:
     optimizer, scheduler = engine.optimizer, engine.lr_scheduler
     within_step = engine._accumulation.micro_steps
@@ -141,6 +144,7 @@ def _small_states(engine: DeepSpeedEngine) -> dict[str, Any]:
         groups = optimizer.param_groups
         states["optimizer"] = {
             "type": type(optimizer.optimizer).__name__,
+            "zero_stage": optimizer.policy.stage,
             "groups": [_plain({key: value for key, value in group.items() if key != "params"}) for group in groups],
             "scaler": {"type": type(optimizer.scaler).__name__, "state": optimizer.scaler.state_dict()},
         }

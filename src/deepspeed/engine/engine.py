@@ -40,6 +40,7 @@ class DeepSpeedEngine(EngineInformation):
         self._instruments = Instruments(parts.config, parts.communicator)
         self._batches: Iterator[Any] | None = None
         self._compiled = False
+        self._destroyed = False
         if parts.config.compile.enabled:
             self.compile(parts.config.compile.backend, parts.config.compile.kwargs)
 
@@ -51,6 +52,8 @@ class DeepSpeedEngine(EngineInformation):
         if precision.cast_inputs:
             args, kwargs = precision.cast(args), precision.cast(kwargs)
         training = self.optimizer is not None and torch.is_grad_enabled()
+        if training and self.module.training:
+            self._refuse_if_destroyed("forward")
         if training:
             self._instruments.begin(self)
         with precision.autocast(self.device.type), self._instruments.timed("forward") if training else nullcontext():
@@ -323,10 +326,11 @@ class DeepSpeedEngine(EngineInformation):
 
     def destroy(self) -> None:
         """Take the engine's hooks off the module and free gradients and optimizer states. The module keeps its
-        parameters and may be given to ``initialize`` again."""
+        parameters and may be given to ``initialize`` again; this engine trains no more."""
         if self.optimizer is not None:
             self.optimizer.close()
         self.sharded_model.close()
+        self._destroyed = True
         self._instruments.close()
         self._parts.monitor.close()
         self._batches = None
@@ -365,7 +369,15 @@ class DeepSpeedEngine(EngineInformation):
         sharded = optimizer.policy.shard_gradients
         return self._accumulation.synchronize and (sharded or self.is_gradient_accumulation_boundary())
 
+    def _refuse_if_destroyed(self, call: str) -> None:
+        if self._destroyed:
+            raise RuntimeError(
+                f"engine.{call}(): this engine was destroyed and trains no more; give its module to deepspeed.initialize "
+                "again. A Trainer of Hugging Face does so in its second train() after trainer.model_wrapped = trainer.model"
+            )
+
     def _training_optimizer(self, call: str) -> ShardedOptimizer:
+        self._refuse_if_destroyed(call)
         if self.optimizer is None:
             raise RuntimeError(
                 f"engine.{call}() needs an optimizer: give deepspeed.initialize an optimizer, or the configuration an "

@@ -21,13 +21,12 @@ from torch import Tensor
 
 from ..checkpoint.directory import CheckpointError, find_checkpoint, on_all_ranks, read_latest
 from ..checkpoint.reader import WEIGHT, CheckpointReader, Part
-from ..checkpoint.values import decode
 from ..memory.layout import Fragment
 from ..optim.segments import FlatShard, cuts
 from ..zero.gathered import GatheredParameters
 from ..zero.optimizer import ShardedOptimizer
 from ..zero.unfreezing import unfreeze
-from .checkpointing import client_name, model_shapes, untrained_tensors
+from .checkpointing import model_shapes, untrained_tensors
 
 if TYPE_CHECKING:
     from .engine import DeepSpeedEngine
@@ -97,7 +96,7 @@ def load_training_checkpoint(
         def prepare() -> tuple[_Plan, dict[str, Any]]:
             plan = _make_plan(engine, reader, request)
             reader.verify(plan.pieces())
-            return plan, decode(reader.index["client_state"], lambda name: reader.verified(client_name(name)))
+            return plan, reader.client_state()
 
         reader = on_all_ranks(open_reader, f"loading {directory / found}", communicator)
         if engine.optimizer is not None and request.optimizer_states:
@@ -237,7 +236,7 @@ def _load_module(engine: DeepSpeedEngine, reader: CheckpointReader, load: Callab
     """Let the user's function load the weights. The masters take over what it wrote, in fp32."""
     module, optimizer, communicator = engine.module, engine.optimizer, engine.communicator
     state = OrderedDict((name, reader.whole(name)) for name in reader.shapes)
-    state.update((name, state[stored]) for name, stored in reader.index.get("tied", {}).items() if stored in state)
+    state.update((name, state[stored]) for name, stored in reader.names.items())
     if optimizer is None:
         on_all_ranks(lambda: load(src=state, dst=module), "custom_load_fn", communicator)
         return

@@ -18,7 +18,7 @@ from ..zero.inspection import (
     safe_set_local_optimizer_state,
     safe_update_full_grad_vectorized,
 )
-from . import groups, logging
+from . import groups, logging, zero_to_fp32
 from .logging import log_dist, logger
 
 __all__ = [
@@ -40,4 +40,5 @@ __all__ = [
     "safe_set_local_grad",
     "safe_set_local_optimizer_state",
     "safe_update_full_grad_vectorized",
+    "zero_to_fp32",
 ]
