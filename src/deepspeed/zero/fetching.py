@@ -40,13 +40,15 @@ class UnitFetcher:
 
     def hold(self, units: Iterable[ParameterUnit]) -> None:
         """Make ``units`` whole until ``let_go``, and start to fetch what is expected next."""
-        wanted = list(units)
-        for unit in wanted:
+        wanted = []
+        for unit in units:
             unit.holds += 1
             if unit.holds == 1:
+                wanted.append(unit)
                 self._order.record(unit.index)
                 unit.start_fetch()
-        self._fetch_ahead()
+        if wanted:
+            self._fetch_ahead()
         for unit in wanted:
             unit.finish_fetch()
 
@@ -69,26 +71,31 @@ class UnitFetcher:
                 unit.release()
 
     def _fetch_ahead(self) -> None:
-        """Start to fetch what is expected next, as far as the limits allow, and release what was fetched in vain."""
-        ahead: dict[int, ParameterUnit] = {}
-        numel, live = 0, self.live_numel
-        for index in self._order.upcoming():
-            unit = self.units[index]
-            numel += unit.numel if index not in ahead else 0
-            if index in ahead or not self._limits.ahead or (ahead and numel > self._limits.ahead):
-                break
-            needs_memory = unit.state is UnitState.SHARDED
-            if needs_memory and live + unit.numel > self._limits.live:
-                break
-            live += unit.numel if needs_memory else 0
-            ahead[index] = unit
-        for unit in self.units:
-            idle = unit.state is not UnitState.SHARDED and not unit.holds and unit.index not in ahead
-            if idle and not self._is_expected_at_once(unit):
+        """Start to fetch what is expected next, and release what was fetched in vain."""
+        live = [unit for unit in self.units if unit.state is not UnitState.SHARDED]
+        ahead = self._expected(sum(unit.numel for unit in live))
+        for unit in live:
+            if not unit.holds and unit not in ahead and not self._is_expected_at_once(unit):
                 unit.release()
-        for unit in ahead.values():
+        for unit in ahead:
             unit.start_fetch()
         self.most_live_numel = max(self.most_live_numel, self.live_numel)
+
+    def _expected(self, live_numel: int) -> list[ParameterUnit]:
+        """The units to have before they are needed, nearest first, as far as the limits allow."""
+        ahead: list[ParameterUnit] = []
+        ahead_numel = 0
+        for index in self._order.upcoming():
+            unit = self.units[index]
+            ahead_numel += unit.numel
+            if not self._limits.ahead or unit in ahead or (ahead and ahead_numel > self._limits.ahead):
+                break
+            if unit.state is UnitState.SHARDED:
+                live_numel += unit.numel
+                if live_numel > self._limits.live:
+                    break
+            ahead.append(unit)
+        return ahead
 
     def _is_expected_at_once(self, unit: ParameterUnit) -> bool:
         """Whether ``unit`` is needed again before others of more than ``reuse`` elements are."""

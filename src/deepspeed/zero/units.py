@@ -96,11 +96,11 @@ class ParameterUnit:
         """The unit's parameters."""
         return (parameter for part in self.parts for parameter, _ in part.views)
 
-    @torch.no_grad()
     def start_fetch(self) -> None:
         """Begin to gather the unit, if nobody has. All ranks do so in the same order."""
         if self.state is UnitState.SHARDED:
-            self._pending = [part.start_fetch(self._communicator, tag=1 + self.index) for part in self.parts]
+            with torch.no_grad():
+                self._pending = [part.start_fetch(self._communicator, tag=1 + self.index) for part in self.parts]
             self.state = UnitState.FETCHING
 
     def finish_fetch(self) -> None:
