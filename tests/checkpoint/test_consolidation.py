@@ -24,7 +24,7 @@ from deepspeed.utils.zero_to_fp32 import (
 from tests.engine.test_checkpointing import CLIENT, TRAINING, Model, flip_a_bit, train
 from tests.parity import assert_close, assert_equal, make_engine, state_of
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 
 
 def saved(directory: str, stage: int, dtype: str, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:

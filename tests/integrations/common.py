@@ -16,7 +16,9 @@ from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-STAGES = (0, 1, 2)
+import deepspeed
+
+STAGES = (0, 1, 2, 3)
 """The ZeRO stages that every integration is tested at."""
 
 WORLDS = (1, 2)
@@ -78,7 +80,9 @@ def language_model(seed: int = 3) -> nn.Module:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    """The model's state dict, whole. Called on all ranks."""
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 0.0) -> None:

@@ -56,8 +56,8 @@ def plain(world: int, seed: int = 3, decay: int = 0, scale: float = 1.0) -> dict
 def make_accelerator(stage: int, **options: Any) -> Accelerator:
     # Without an accelerator device, this is how Accelerate learns that there are several ranks.
     PartialState(cpu=True)
-    plugin = DeepSpeedPlugin(zero_stage=stage, gradient_clipping=CLIP, gradient_accumulation_steps=ACCUMULATION)
-    return Accelerator(deepspeed_plugin=plugin, **options)
+    settings = {"gradient_clipping": CLIP, "gradient_accumulation_steps": ACCUMULATION, "zero3_save_16bit_model": True}
+    return Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=stage, **settings), **options)
 
 
 def train(accelerator: Accelerator, model: nn.Module, optimizer: Any, loader: Any, scheduler: Any) -> None:

@@ -156,7 +156,7 @@ def generated(options: dict[str, Any]) -> tuple[np.ndarray, float]:
 
 
 KEPT = ("output_dir", "max_steps", "per_device_train_batch_size", "learning_rate", "adam_epsilon", "max_grad_norm")
-SILENT: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "log_level": "error"}
+SILENT: dict[str, Any] = {"use_cpu": True, "save_strategy": "no", "report_to": [], "disable_tqdm": True, "log_level": "error"}
 
 
 @each_stage

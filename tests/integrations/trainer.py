@@ -17,6 +17,7 @@ AUTO: dict[str, Any] = {
         "reduce_bucket_size": "auto",
         "stage3_prefetch_bucket_size": "auto",
         "stage3_param_persistence_threshold": "auto",
+        "stage3_gather_16bit_weights_on_model_save": True,
     },
     "bf16": {"enabled": "auto"},
     "fp16": {"enabled": "auto"},
