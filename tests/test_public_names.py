@@ -82,7 +82,13 @@ NAMES: dict[str, list[str]] = {
     "runtime.engine": ["DeepSpeedEngine"],
     "runtime.lr_schedules": [*SCHEDULES, *SCHEDULE_CONSTANTS],
     "runtime.utils": ["move_to_device", "see_memory_usage"],
-    "runtime.zero": ["config", "stage3", "stage_1_and_2"],
+    "runtime.zero": [
+        *["GatheredParameters", "Init", "ZeroParamStatus", "config", "partition_parameters", "stage3", "stage_1_and_2"],
+    ],
+    "runtime.zero.partition_parameters": [
+        *["GatheredParameters", "Init", "ZeroParamStatus", "_orig_torch_arange", "get_accelerator"],
+        "zero_wrapper_for_fp_tensor_constructor",
+    ],
     "runtime.zero.config": [
         *["DeepSpeedZeroConfig", "DeepSpeedZeroOffloadOptimizerConfig", "DeepSpeedZeroOffloadParamConfig"],
     ],

@@ -73,7 +73,7 @@ def test_different_tags_save_under_rank_0s_with_a_warning_where_that_is_asked(ra
     for error, messages in ranks(2, save_under_different_tags, str(tmp_path), validation):
         assert error is None
         assert len([message for message in messages if "different tags" in message]) == warnings
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["from_rank_0", "latest"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["from_rank_0", "latest", "zero_to_fp32.py"]
 
 
 def initialize_from(directory: str) -> str:

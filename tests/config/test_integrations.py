@@ -112,7 +112,7 @@ def test_what_trl_adds_to_a_finished_configuration_counts():
     added = {
         "zero_optimization.reduce_bucket_size": 64 * 64,
         "zero_optimization.stage3_param_persistence_threshold": 10 * 64,
-        "zero_optimization.stage3_prefetch_bucket_size": 0.9 * 64 * 64 // 1,
+        "zero_optimization.stage3_prefetch_bucket_size": 0.9 * 64 * 64,
     }
     zero = load_config({**TRANSFORMERS, **added}).zero_optimization
     assert (zero.reduce_bucket_size, zero.stage3_param_persistence_threshold) == (4096, 640)

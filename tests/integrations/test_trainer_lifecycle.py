@@ -56,6 +56,22 @@ def twice(options: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
 
 
 @isolated
+def evaluated_first(options: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
+    trainer = make_trainer("unused", **options)
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.model_wrapped = trainer.model
+    trainer.train()
+    return loss, weights(trainer.model)
+
+
+def test_stage_3_evaluates_before_it_trains(ranks):
+    expected, trained = evaluated_first(of_all_ranks(2))
+    for loss, result in ranks(2, evaluated_first, {"deepspeed": auto_config(3)}):
+        assert loss == pytest.approx(expected, rel=TOLERANCE)
+        assert_same(result, trained, TOLERANCE)
+
+
+@isolated
 def refused_a_second_time(stage: int) -> str:
     trainer = make_trainer("unused", deepspeed=auto_config(stage))
     trainer.train()

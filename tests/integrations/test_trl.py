@@ -75,8 +75,8 @@ def preference(completions: list[str], **_: Any) -> list[float]:
 @isolated
 def rewarded(folder: str, stage: int) -> dict[str, Any]:
     data = datasets.Dataset.from_dict({"prompt": sentences(40, 4)})
-    # With beta, a frozen reference model in an engine of its own.
-    generation = {"num_generations": 4, "max_completion_length": 6, "beta": 0.1}
+    # With beta, a frozen reference model in an engine of its own. Stage 3 generates with the parameters sharded.
+    generation = {"num_generations": 4, "max_completion_length": 6, "beta": 0.1, "ds3_gather_for_generation": False}
     args = trl.GRPOConfig(output_dir=folder, **generation, deepspeed=auto_config(stage), **OPTIONS)
     trainer = trl.GRPOTrainer(f"{folder}/model", preference, args, train_dataset=data, processing_class=tokenizer())
     before = weights(trainer.model)

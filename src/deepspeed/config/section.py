@@ -59,8 +59,16 @@ def _dtype(value: Any) -> Any:
     return DTYPE_NAMES.get(name, name)
 
 
+def _rounded_down(value: Any) -> Any:
+    """A number of elements that tools compute, such as 0.9 times another; the fraction is dropped."""
+    return math.floor(value) if isinstance(value, float) and math.isfinite(value) else integral(value)
+
+
 Int = Annotated[int, BeforeValidator(integral)]
 """An integer, which may be written as an integral float or a numeric string."""
+
+Most = Annotated[int, BeforeValidator(_rounded_down)]
+"""An integer that bounds something, of which a fraction is dropped."""
 
 AnyReal = Annotated[float, BeforeValidator(_real)]
 """A number, possibly infinite, which may be written as a numeric string."""

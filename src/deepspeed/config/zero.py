@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from .offload import OffloadOptimizerConfig, OffloadParamConfig
-from .section import Int, Real, Section, key
+from .section import Int, Most, Real, Section, key
 
 UNLIMITED = 2**63 - 1
 
@@ -75,7 +75,7 @@ class ZeroConfig(Section):
         ge=0,
         stage=3,
     )
-    stage3_prefetch_bucket_size: Int = key(50_000_000, "Parameters fetched ahead.", unit="elements", ge=0, stage=3)
+    stage3_prefetch_bucket_size: Most = key(50_000_000, "Parameters fetched ahead.", unit="elements", ge=0, stage=3)
     stage3_param_persistence_threshold: Int = key(
         100_000, "Parameters up to this size stay whole.", unit="elements", ge=0, stage=3
     )

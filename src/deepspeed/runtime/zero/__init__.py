@@ -1,7 +1,8 @@
-"""The documented modules of ``deepspeed.runtime.zero``."""
+"""The documented names and modules of ``deepspeed.runtime.zero``."""
 
 from __future__ import annotations
 
-from . import config, stage3, stage_1_and_2
+from ...zero import GatheredParameters, Init, ZeroParamStatus
+from . import config, partition_parameters, stage3, stage_1_and_2
 
-__all__ = ["config", "stage3", "stage_1_and_2"]
+__all__ = ["GatheredParameters", "Init", "ZeroParamStatus", "config", "partition_parameters", "stage3", "stage_1_and_2"]
