@@ -190,6 +190,7 @@ def shard_model(
         clip=config.gradient_clipping,
         overlap=settings.overlap,
     )
+    model.scopes.unit_done = reducer.unit_done
     make_inspectable(sharded)
     return model, sharded
 

@@ -56,7 +56,8 @@ class DeepSpeedEngine(EngineInformation):
             self._refuse_if_destroyed("forward")
         if training:
             self._instruments.begin(self)
-        with precision.autocast(self.device.type), self._instruments.timed("forward") if training else nullcontext():
+        timed = self._instruments.timed("forward") if training else nullcontext()
+        with precision.autocast(self.device.type), timed, self.sharded_model.scopes.forward():
             return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True, **kwargs: Any) -> Tensor:

@@ -10,7 +10,7 @@ Small parameters belong to no unit: they stay whole on every rank.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -33,8 +33,8 @@ class UnitLimits:
 @dataclass(frozen=True)
 class UnitPlan:
     """``names[i]`` is the module of unit i, ``unit_of`` the unit of each parameter that has one, by the parameter's first
-    name. ``needs`` says which units each module (by name) computes with: a unit's module all that is inside it, any other
-    module its own parameters."""
+    name. ``needs`` says which units each module (by name) computes with, of those that have units inside: a block all that
+    is inside it, any other module its own parameters, which may be none."""
 
     names: tuple[str, ...]
     unit_of: Mapping[str, int]
@@ -59,12 +59,15 @@ def plan_units(module: nn.Module, numel_of: Callable[[nn.Parameter], int], limit
         names += [name] if mine else []
         if is_block:
             blocks[name] = parameters
-    needs = {}
-    for name, inner in module.named_modules():
-        used = blocks.get(name, list(inner.parameters(recurse=False)))
-        units = {unit_of[first_names[id(p)]] for p in used if first_names[id(p)] in unit_of}
-        if units:
-            needs[name] = tuple(sorted(units))
+
+    def units_of(parameters: Iterable[nn.Parameter]) -> tuple[int, ...]:
+        return tuple(sorted({unit_of[first_names[id(p)]] for p in parameters if first_names[id(p)] in unit_of}))
+
+    needs = {
+        name: units_of(blocks.get(name, inner.parameters(recurse=False)))
+        for name, inner in module.named_modules()
+        if units_of(inner.parameters())
+    }
     return UnitPlan(tuple(names), unit_of, needs)
 
 

@@ -7,7 +7,9 @@ The sequence of one backward:
    earlier backwards left there) and frees it.
 3. With ``reduce``, a bucket whose parameters have all arrived is *launched*: its landing buffer is handed to one
    collective. Buckets launch in layout order on every rank, so that collectives match whatever order autograd took.
-4. ``finish()`` launches the buckets that some parameter did not reach (its part is zero) and waits for all.
+   With units (stage 3), a unit's buckets are launched when its backward is over (``unit_done``), complete or not: a rank
+   that waits for a reduction must not wait for one that has to fetch from it first.
+4. ``finish()`` launches the other buckets, where parameters that got no gradient count as zero, and waits for all.
 
 When a reduction runs and what is kept of it is the policy's matter: with whole gradients (stages 0, 1) only the last
 backward of a step reduces, and the buffer stays; with sharded gradients (stage 2) every backward does, the slice adds
@@ -124,7 +126,8 @@ class GradientReducer:
         self._hooks: list[RemovableHandle] = []
         self._pool = BufferPool()
         self._in_flight: deque[_Reduction] = deque()
-        self._next = 0
+        self._waiting: list[_BucketGradient] = []
+        self._by_unit = any(bucket.unit is not None for bucket in layout.buckets)
         self._reducing = False
         self._reduced = False
         self._collect(layout.buckets, parameters)
@@ -141,14 +144,23 @@ class GradientReducer:
         self._complete_in_flight(0)
         for state in self._buckets:
             state.arrived.clear()
-        self._next = 0
+        self._waiting = list(self._buckets)
         self._reducing = reduce
+
+    def unit_done(self, unit: int) -> None:
+        """The backward of the unit of this index is over: reduce its buckets. All ranks call it in the same order."""
+        if self._reducing:
+            done = [state for state in self._waiting if state.bucket.unit == unit]
+            self._waiting = [state for state in self._waiting if state.bucket.unit != unit]
+            for state in done:
+                self._launch(state)
 
     def finish(self) -> None:
         """Close a backward: with ``reduce``, every bucket is reduced when this returns."""
         if not self._reducing:
             return
-        self._launch_until(len(self._buckets))
+        while self._waiting:
+            self._launch(self._waiting.pop(0))
         self._complete_in_flight(0)
         self._reducing = False
         self._reduced = True
@@ -242,8 +254,8 @@ class GradientReducer:
 
     def _receive(self, state: _BucketGradient, placement: Placement, gradient: Tensor) -> None:
         self._land(state, placement, gradient)
-        if self._reducing and state.complete and state.bucket.index == self._next:
-            self._launch_until(self._first_incomplete())
+        while self._reducing and not self._by_unit and self._waiting and self._waiting[0].complete:
+            self._launch(self._waiting.pop(0))
 
     def _land(self, state: _BucketGradient, placement: Placement, gradient: Tensor) -> None:
         name = placement.spec.name
@@ -276,18 +288,6 @@ class GradientReducer:
         return state.kept
 
     # -- reduction -----------------------------------------------------------------------------------------------
-
-    def _first_incomplete(self) -> int:
-        index = self._next
-        while index < len(self._buckets) and self._buckets[index].complete:
-            index += 1
-        return index
-
-    def _launch_until(self, stop: int) -> None:
-        while self._next < stop:
-            state = self._buckets[self._next]
-            self._next += 1
-            self._launch(state)
 
     def _launch(self, state: _BucketGradient) -> None:
         landing = state.landing if state.landing is not None else self._new_landing(state)

@@ -2,12 +2,13 @@
 
 While a parameter is released its class is :class:`ReleasedParameter` and its shape ``(0,)``; it is an ordinary
 ``nn.Parameter`` again while it is whole. So computing with a released one can be noticed, at no cost to computing with
-a whole one.
+a whole one. What autograd saved of it is noticed by its version: while it is released, that is none that was ever saved.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
@@ -48,6 +49,10 @@ class Home(Protocol):
 
 _IDENTIFIERS = itertools.count()
 """Sharded parameters are made in the same order on all ranks: a number is the same parameter everywhere."""
+
+RELEASED_VERSION = 1 << 31
+"""Added to its identifier, the version of a parameter while it is released: what autograd saved of it then cannot be
+used, and torch's error tells by the number which parameter it was."""
 
 HOME = "ds_home"
 """The attribute of a sharded parameter that is its home."""
@@ -126,23 +131,36 @@ def touch(parameter: nn.Parameter, operation: str) -> None:
 
 def release(parameter: nn.Parameter) -> None:
     """Take the values out of ``parameter``."""
+    described = parameter.__dict__
+    if type(parameter) is not ReleasedParameter:
+        described["ds_version"] = parameter._version
+        _set_version(parameter, RELEASED_VERSION + _identifier(parameter))
+        parameter.__class__ = ReleasedParameter
     parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-    parameter.__class__ = ReleasedParameter
-    parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+    described["ds_status"] = ZeroParamStatus.NOT_AVAILABLE
 
 
 def expose(parameter: nn.Parameter, values: Tensor) -> None:
     """Give ``parameter`` its ``values`` (of its whole shape) as its memory."""
+    described = parameter.__dict__
     if type(parameter) is ReleasedParameter:
         parameter.__class__ = nn.Parameter  # type: ignore[assignment]
-        parameter.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
+        _set_version(parameter, described.pop("ds_version"))
+        described["ds_status"] = ZeroParamStatus.AVAILABLE
     parameter.data = values
+
+
+def missed_by_autograd(error: BaseException) -> int | None:
+    """The ``ds_id`` of the released parameter whose values backward wanted, where ``error`` is autograd's about that."""
+    found = re.search(r"is at version (\d+); expected version", str(error))
+    version = int(found.group(1)) if found else 0
+    return version - RELEASED_VERSION if version >= RELEASED_VERSION else None
 
 
 def describe(parameter: nn.Parameter, home: Home, *, shape: tuple[int, ...], shards: int) -> None:
     """Give ``parameter`` its home, and the attributes by which integrations recognize a sharded parameter."""
     described, numel = parameter.__dict__, prod(shape)
-    described.setdefault("ds_id", next(_IDENTIFIERS))
+    _identifier(parameter)
     described[HOME] = home
     described["ds_shape"] = torch.Size(shape)
     described["ds_numel"] = numel
@@ -154,6 +172,21 @@ def forget(parameter: nn.Parameter) -> None:
     """Take away what ``describe`` gave; the identifier stays, for the next home."""
     for name in (HOME, "ds_shape", "ds_numel", "ds_status", "partition_numel"):
         parameter.__dict__.pop(name, None)
+
+
+def _identifier(parameter: nn.Parameter) -> int:
+    if "ds_id" not in parameter.__dict__:
+        parameter.__dict__["ds_id"] = next(_IDENTIFIERS)
+    found: int = parameter.__dict__["ds_id"]
+    return found
+
+
+def _set_version(parameter: nn.Parameter, version: int) -> None:
+    """Set the version that autograd compares with the one at which it saved ``parameter``, or a view of it."""
+    try:
+        torch._C._autograd._unsafe_set_version_counter((parameter,), (version,))
+    except TypeError:  # torch < 2.7 takes one tensor.
+        torch._C._autograd._unsafe_set_version_counter(parameter, version)  # type: ignore[arg-type]
 
 
 def _released_among(values: Sequence[Any]) -> Iterator[ReleasedParameter]:

@@ -115,7 +115,7 @@ def move_in(
     modules = dict(module.named_modules())
     needs = {modules[name]: [units[index] for index in indices] for name, indices in layout.plan.needs.items()}
     scopes = ModuleScopes(UnitFetcher(units, limits), needs)
-    trained.settle = scopes.end_backward
+    trained.settle = scopes.settle
     return ShardedModel(module, trained, frozen, scopes, fetching)
 
 

@@ -154,10 +154,11 @@ class ParameterUnit:
         """From now on, computing with a parameter while it is released is an error."""
         self.on_touch = refuse
 
-    def name_of(self, parameter: nn.Parameter) -> str:
-        """The parameter's name in the model."""
+    def describe(self, parameter: nn.Parameter) -> str:
+        """The parameter's name in the model and its shape."""
         named = (item for part in self.parts for item in part.flat.parameters.items())
-        return next(name for name, mine in named if mine is parameter)
+        name = next(name for name, mine in named if mine is parameter)
+        return f"'{name}' {tuple(released.shape_of(parameter))}"
 
     def close(self) -> None:
         """Leave the parameters whole and ordinary."""
@@ -213,8 +214,7 @@ class Resident(Replica):
 
 def refuse(unit: ParameterUnit, parameter: nn.Parameter, operation: str) -> NoReturn:
     """Raise the error for a parameter that is used while nothing can make it whole."""
-    shape = tuple(parameter.ds_shape)  # type: ignore[attr-defined]
     raise RuntimeError(
-        f"'{unit.name_of(parameter)}' {shape} is sharded by ZeRO stage 3 and was used ({operation}) while no module of the "
+        f"{unit.describe(parameter)} is sharded by ZeRO stage 3 and was used ({operation}) while no module of the "
         "model runs: use it inside deepspeed.zero.GatheredParameters([parameter]), on all ranks"
     )
