@@ -88,7 +88,7 @@ def test_what_is_unfrozen_is_trained_from_then_on(ranks, micro_step, accumulatio
     training = Training(
         Staged, micro_step, steps=8 // accumulation + 1, accumulation=accumulation, config=config, optimizer=sgd_of_all
     )
-    assert_parity(ranks, training)
+    assert_parity(ranks, training, stages=(0, 1, 2))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,21 @@ def test_each_optimizer_takes_in_what_is_unfrozen(ranks, optimizer, bucket):
         arguments=partial(as_client, optimizer),
         optimizer=optimizer,
     )
-    assert_parity(ranks, training, tolerance=1e-5)
+    assert_parity(ranks, training, stages=(0, 1, 2), tolerance=1e-5)
+
+
+def refused_at_stage_three() -> str:
+    engine = make_engine(Training(Staged, squared_output), 3)
+    engine.module.blocks[1].requires_grad_(True)
+    squared_output(engine, 0, engine.backward)
+    with pytest.raises(RuntimeError) as caught:
+        engine.step()
+    return str(caught.value)
+
+
+def test_what_stage_three_sharded_frozen_cannot_be_unfrozen(ranks):
+    for message in ranks(2, refused_at_stage_three):
+        assert "blocks.1.weight" in message and "was frozen when deepspeed.initialize sharded it by ZeRO stage 3" in message
 
 
 def looked_at(stage: int) -> list[object]:
