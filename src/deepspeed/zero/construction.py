@@ -111,22 +111,30 @@ class ModuleSharder:
 
 
 class SharderContext:
-    """While it is entered, ``sharder`` hears of every module and parameter that is registered in this process."""
+    """While it is entered, ``sharder`` hears of every module and parameter that is registered in this process. Inside
+    another one it does nothing: a model has one sharder."""
 
     def __init__(self, sharder: ModuleSharder):
         self._sharder = sharder
         self._hooks: list[Any] = []
 
     def __enter__(self) -> None:
-        self._hooks = [
-            torch_module.register_module_parameter_registration_hook(self._sharder.parameter_registered),
-            torch_module.register_module_module_registration_hook(self._sharder.module_registered),
-        ]
+        if not _is_entered():
+            self._hooks = [
+                torch_module.register_module_parameter_registration_hook(self._sharder.parameter_registered),
+                torch_module.register_module_module_registration_hook(self._sharder.module_registered),
+            ]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for hook in self._hooks:
             hook.remove()
+        self._hooks.clear()
         if error is None:
             self._sharder.finish()
+
+
+def _is_entered() -> bool:
+    hooks = torch_module._global_module_registration_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), ModuleSharder) for hook in hooks)

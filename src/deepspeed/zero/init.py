@@ -25,7 +25,8 @@ class Init:
     ``module`` is a model that was constructed before: it is sharded at once. ``data_parallel_group`` are the ranks over
     which to shard, all where None. The precision and ``stage3_param_persistence_threshold`` come from
     ``config_dict_or_path`` (or ``config``), which may still hold "auto"; ``dtype`` overrides the precision. ``enabled``
-    False does nothing. Parameters have rank 0's values. Contexts may be nested, and several models made in one.
+    False does nothing. Parameters have rank 0's values. Several models may be made in one context; inside
+    another one a context does nothing.
 
     ``remote_device`` is None or the device in use; "cpu" beside an accelerator and "nvme" are not built yet and are
     errors. ``pin_memory`` is for "cpu". ``mpu`` names the ranks by ``get_data_parallel_group()`` where

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from .units import ParameterUnit
+from .released import home_of
+from .units import ParameterUnit, Replica
 
 
 def gather_while_loading(needs: Mapping[nn.Module, Sequence[ParameterUnit]]) -> list[Any]:
-    """Make each module's units whole while it and what is inside it load, on all ranks the same values, and keep these.
-    Returns the hooks."""
+    """Make each module's units whole while it and what is inside it load, on all ranks the same values, and keep these;
+    the masters of parameters that are whole anyway follow too. Returns the hooks."""
     return [hook for module, units in needs.items() for hook in _attach(module, units)]
 
 
@@ -31,6 +32,9 @@ def _attach(module: nn.Module, units: Sequence[ParameterUnit]) -> Iterator[Any]:
                 unit.keep(parameter, source=None)
             unit.let_go()
         loading.clear()
+        for parameter in module.parameters():
+            if isinstance(home := home_of(parameter), Replica):
+                home.keep(parameter, source=None)
 
     yield module.register_load_state_dict_pre_hook(before)
     yield module.register_load_state_dict_post_hook(after)

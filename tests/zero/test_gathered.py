@@ -1,0 +1,119 @@
+"""Whole parameters outside their modules: read, changed, loaded."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import deepspeed
+from deepspeed.utils import safe_get_full_fp32_param
+from tests.parity import Training, make_engine, state_of
+
+BF16 = {"bf16": {"enabled": True}}
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6), nn.Linear(6, 2).requires_grad_(False))
+
+
+def loss(engine: nn.Module, index: int, backward) -> None:
+    backward(engine(torch.ones(2, 6)).square().mean())
+
+
+def engine_of(config: dict[str, object] | None = None) -> deepspeed.DeepSpeedEngine:
+    return make_engine(Training(model, loss, config=config or {}), 3)
+
+
+def shapes() -> list[object]:
+    module = engine_of().module
+    weight, bias = module[0].weight, module[2].bias
+    outside = tuple(weight.shape), tuple(bias.shape), weight.ds_status.name, tuple(weight.ds_shape)
+    with deepspeed.zero.GatheredParameters({weight, None, bias, torch.ones(3), weight}):
+        inside = tuple(weight.shape), weight.ds_status.name
+        with deepspeed.zero.GatheredParameters([[weight], (p for p in module.parameters())]):
+            nested = tuple(module[2].weight.shape)
+        still = tuple(weight.shape)
+    return [outside, inside, nested, still, weight.numel()]
+
+
+def test_a_parameter_is_whole_inside_and_released_outside(ranks):
+    for found in ranks(2, shapes):
+        assert found == [((0,), (6,), "NOT_AVAILABLE", (9, 6)), ((9, 6), "AVAILABLE"), (6, 9), (9, 6), 0]
+
+
+def changed(config: dict[str, object]) -> tuple[list[bool], bool]:
+    engine = engine_of(config)
+    module = engine.module
+    rank = engine.communicator.rank
+    with deepspeed.zero.GatheredParameters(module, modifier_rank=1):
+        for parameter in module.parameters():
+            parameter.data.fill_(7.0 if rank == 1 else -1.0)
+    sevens = [bool((value == 7).all()) for value in state_of(module).values()]
+    masters = [safe_get_full_fp32_param(p) for p in module.parameters() if p.requires_grad]
+    sevens += [bool((master == 7).all()) for master in masters]
+    with deepspeed.zero.GatheredParameters(module[0].weight):
+        module[0].weight.data.fill_(3.0)
+    return sevens, bool((state_of(module)["0.weight"] == 7).all())
+
+
+@pytest.mark.parametrize("config", [{}, BF16], ids=["fp32", "bf16"])
+def test_what_the_modifier_rank_wrote_is_everyone_s_and_the_masters_and_other_changes_are_lost(ranks, config):
+    for sevens, kept in ranks(2, changed, config):
+        assert all(sevens)
+        assert len(sevens) == 10
+        assert kept
+
+
+def after_an_error() -> tuple[bool, int]:
+    module = engine_of().module
+    before = state_of(module)
+    with pytest.raises(KeyError), deepspeed.zero.GatheredParameters(module, modifier_rank=0):
+        module[0].weight.data.zero_()
+        raise KeyError("the user's")
+    after = state_of(module)
+    return torch.equal(after["0.weight"], before["0.weight"]), module[0].weight.numel()
+
+
+def test_an_exception_inside_leaves_sharded_parameters_as_they_were(ranks):
+    assert ranks(2, after_an_error) == [(True, 0)] * 2
+
+
+def misused() -> tuple[str, str]:
+    module = engine_of().module
+    with pytest.raises(RuntimeError) as outside:
+        module[0].weight.sum()
+    with pytest.raises(RuntimeError) as copied:
+        copy.deepcopy(module)[0].weight.sum()
+    return str(outside.value), str(copied.value)
+
+
+def test_computing_with_a_released_parameter_is_an_error_that_says_what_to_do(ranks):
+    for outside, copied in ranks(2, misused):
+        assert "'0.weight' (9, 6) is sharded by ZeRO stage 3 and was used (sum)" in outside
+        assert "GatheredParameters" in outside
+        assert "copy of a sharded parameter" in copied
+
+
+def loaded() -> tuple[dict[str, Tensor], list[Tensor], int, str]:
+    engine = engine_of(BF16)
+    torch.manual_seed(11)
+    whole = model().state_dict()
+    engine.module.load_state_dict(whole)
+    masters = [safe_get_full_fp32_param(p) for p in engine.module.parameters() if p.requires_grad]
+    wrong = {name: value.t() for name, value in whole.items()}
+    with pytest.raises(RuntimeError) as refused:
+        engine.module.load_state_dict(wrong)
+    return state_of(engine.module), masters, engine.module[0].weight.numel(), str(refused.value)
+
+
+def test_a_whole_state_dict_is_loaded_into_the_shards(ranks):
+    torch.manual_seed(11)
+    expected = {name: value.bfloat16() for name, value in model().state_dict().items()}
+    for state, masters, released, refused in ranks(2, loaded):
+        assert [name for name, value in expected.items() if not torch.equal(state[name], value)] == []
+        assert all(torch.equal(m, expected[name].float()) for m, name in zip(masters, expected, strict=False))
+        assert released == 0
+        assert "size mismatch for 0.weight" in refused
