@@ -99,11 +99,11 @@ def frozen_pieces(engine: DeepSpeedEngine, left_out: Collection[str]) -> dict[st
 
 
 def model_shapes(engine: DeepSpeedEngine) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of the module, by the name under which it is stored."""
+    """The shape of every tensor of the module, by the name under which it is stored, in the module's order."""
     shapes = {name: tuple(value.shape) for name, value in untrained_tensors(engine).items()}
     for flat in (engine.sharded_model.trained, engine.sharded_model.frozen):
         shapes |= {name: placement.spec.shape for name, (_, placement) in flat.layout.homes.items()}
-    return shapes
+    return {name: shapes[name] for name in engine.module.state_dict(keep_vars=True) if name in shapes}
 
 
 def untrained_tensors(engine: DeepSpeedEngine) -> dict[str, Tensor]:
