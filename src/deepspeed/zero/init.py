@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,9 +14,10 @@ from torch import nn
 from ..accelerator import get_accelerator
 from ..comm import init_distributed
 from ..comm.communicator import Communicator
-from ..config import DeepSpeedConfig
-from ..config.load import load_config
 from .construction import ModuleSharder, SharderContext
+
+if TYPE_CHECKING:
+    from ..config import DeepSpeedConfig
 
 
 class Init:
@@ -77,6 +78,9 @@ class Init:
 
 
 def _settings(source: str | os.PathLike[str] | Mapping[str, Any] | None, communicator: Communicator) -> DeepSpeedConfig:
+    # Imported here: code that only gathers parameters imports this module too, and pays for pydantic in vain.
+    from ..config.load import load_config
+
     return load_config(source if source is not None else {}, world_size=communicator.size)
 
 
