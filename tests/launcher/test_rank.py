@@ -6,11 +6,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
 from deepspeed.launcher.errors import LaunchError
-from deepspeed.launcher.rank import Place, find_place, first_host, master_address, rank_settings, slots_here
+from deepspeed.launcher.rank import Place, find_place, first_host, master_address, rank_settings, slots_here, wait_until_read
 from deepspeed.launcher.world import encode_world_info
 from tests.launcher.conftest import SOURCE
 
@@ -121,3 +122,12 @@ def test_hydra_is_told_of_a_failure_but_not_of_an_interrupt(tmp_path, script, co
         result = run_rank(tmp_path, script, {**HYDRA, "PMI_FD": str(theirs.fileno())}, pass_fds=[theirs.fileno()])
         theirs.close()
         assert result.returncode == code and ours.recv(100) == said
+
+
+def test_what_a_pipe_holds_is_waited_for_until_it_is_read_or_the_time_is_over():
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb", buffering=0) as reader, os.fdopen(writing, "wb", buffering=0) as writer:
+        writer.write(b"the last words")
+        assert not wait_until_read(writer.fileno(), limit=0.05)
+        Timer(0.05, reader.read, [100]).start()
+        assert wait_until_read(writer.fileno(), limit=60)

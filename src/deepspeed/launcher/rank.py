@@ -7,12 +7,17 @@ them into those that scripts expect (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR a
 from __future__ import annotations
 
 import argparse
+import array
+import fcntl
 import os
 import platform
 import re
 import signal
 import socket
+import stat
 import sys
+import termios
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -194,11 +199,30 @@ def _become(program: Program, pool: Mapping[str, list[int]]) -> None:
 
 def end_job(variables: Mapping[str, str], code: int) -> None:
     """Have MPICH's kin of launchers (Hydra) end the other ranks and return ``code``. The other launchers do so by
-    themselves when a rank fails; Hydra does for signals, and otherwise waits for an ``abort`` of its PMI protocol."""
+    themselves when a rank fails; Hydra does for signals, and otherwise waits for an ``abort`` of its PMI protocol.
+    It drops what it has not read by then, so that what this rank has said is waited for."""
     if "MPI_LOCALRANKID" not in variables or "PMI_FD" not in variables:
         return
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+            if stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
+                wait_until_read(stream.fileno(), limit=5.0)
     with suppress(OSError, ValueError), socket.socket(fileno=int(variables["PMI_FD"])) as hydra:
         hydra.sendall(f"cmd=abort exitcode={code}\n".encode())
+
+
+def wait_until_read(pipe: int, limit: float) -> bool:
+    """Whether the other end of ``pipe`` has read all that was written, within ``limit`` seconds."""
+    deadline = time.monotonic() + limit
+    unread = array.array("i", [1])
+    while True:
+        fcntl.ioctl(pipe, termios.FIONREAD, unread)
+        if not unread[0]:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
 
 
 if __name__ == "__main__":
