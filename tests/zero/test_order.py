@@ -36,3 +36,14 @@ def test_a_changed_order_is_learned():
 
 def test_an_end_that_is_said_twice_is_one():
     assert list(recorded(*STEP, END, 0, 1).upcoming()) == [2, 2, 1, 0]
+
+
+def test_a_step_that_goes_through_its_units_twice_is_known_to_its_end():
+    step = [0, 1, 2, 0, 1, 2, 2, 1, 0, 2, 1, 0, END]
+    for known in range(len(step) - 1):
+        assert list(recorded(*step, *step[:known]).upcoming()) == step[known:-1]
+
+
+def test_guesses_for_what_never_was_end():
+    order = recorded(*[0, 1] * 50)
+    assert list(order.upcoming()) == [0, 1]

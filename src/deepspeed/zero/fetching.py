@@ -16,8 +16,8 @@ from .units import ParameterUnit, UnitState
 @dataclass(frozen=True)
 class FetchLimits:
     """In elements. ``ahead``: units that are fetched before they are needed, in all (one at least, unless 0).
-    ``reuse``: a unit that is needed again within so many is kept. ``live``: neither goes on beyond so many that are
-    whole at once."""
+    ``reuse``: a unit that is needed again before others of more than so many are is kept. ``live``: what nobody holds makes
+    room where more than so many would be whole at once."""
 
     ahead: int
     reuse: int
@@ -46,6 +46,7 @@ class UnitFetcher:
             if unit.holds == 1:
                 wanted.append(unit)
                 self._order.record(unit.index)
+                self._make_room(unit)
                 unit.start_fetch()
         if wanted:
             self._fetch_ahead()
@@ -56,7 +57,7 @@ class UnitFetcher:
         """Take back a ``hold``; what nobody holds any more is released."""
         for unit in units:
             unit.holds -= 1
-            if not unit.holds and not self._is_expected_at_once(unit):
+            if not unit.holds and not self._is_expected(unit):
                 unit.release()
 
     def end_backward(self) -> None:
@@ -75,7 +76,7 @@ class UnitFetcher:
         live = [unit for unit in self.units if unit.state is not UnitState.SHARDED]
         ahead = self._expected(sum(unit.numel for unit in live))
         for unit in live:
-            if not unit.holds and unit not in ahead and not self._is_expected_at_once(unit):
+            if not unit.holds and unit not in ahead and not self._is_expected(unit):
                 unit.release()
         for unit in ahead:
             unit.start_fetch()
@@ -97,14 +98,28 @@ class UnitFetcher:
             ahead.append(unit)
         return ahead
 
-    def _is_expected_at_once(self, unit: ParameterUnit) -> bool:
+    def _make_room(self, wanted: ParameterUnit) -> None:
+        """Release what nobody holds and is needed last, until ``wanted`` has room among what may be live."""
+        missing = self.live_numel + wanted.numel - self._limits.live
+        if wanted.state is not UnitState.SHARDED or missing <= 0:
+            return
+        expected = list(dict.fromkeys(self._order.upcoming()))
+        idle = [unit for unit in self.units if unit.state is not UnitState.SHARDED and not unit.holds]
+        nearest = {index: place for place, index in enumerate(expected)}
+        for unit in sorted(idle, key=lambda unit: nearest.get(unit.index, len(expected)), reverse=True):
+            if missing > 0:
+                missing -= unit.numel
+                unit.release()
+
+    def _is_expected(self, unit: ParameterUnit) -> bool:
         """Whether ``unit`` is needed again before others of more than ``reuse`` elements are."""
-        between, seen = 0, set()
+        between, others = 0, set()
         for index in self._order.upcoming():
             if index == unit.index:
-                return between == 0 or self.live_numel <= self._limits.live
-            between += self.units[index].numel
-            if between > self._limits.reuse or index in seen:
+                return True
+            if index not in others:
+                others.add(index)
+                between += self.units[index].numel
+            if between > self._limits.reuse:
                 return False
-            seen.add(index)
         return False

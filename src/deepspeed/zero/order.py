@@ -7,31 +7,47 @@ from collections.abc import Iterator
 END = -1
 """Stands for the end of a backward: what comes after it is computed with other values."""
 
+REMEMBERED = 2**16
+"""Needs whose whole past is remembered; beyond, all are forgotten and learned again."""
+
 
 class FetchOrder:
-    """Remembers, for each pair of units that were needed one after the other, which one followed.
+    """Remembers what followed all that was needed since the last end, and what followed each pair of units.
 
-    Two units tell forward from backward: after 3, 4 comes 5, and after 5, 4 comes 3. A changed control flow makes a
-    wrong guess once; nothing relies on a guess being right. The same needs give the same guesses on every rank.
+    A step that is like one before it is known to its end by the former. Otherwise two units tell forward from backward:
+    after 3, 4 comes 5, and after 5, 4 comes 3. A changed control flow makes wrong guesses; nothing relies on a guess being
+    right. The same needs give the same guesses on every rank.
     """
 
     def __init__(self) -> None:
-        self._next: dict[tuple[int, int], int] = {}
-        self._last = (END, END)
+        self._after_all: dict[int, int] = {}
+        self._after_pair: dict[tuple[int, int], int] = {}
+        self._all = 0
+        self._pair = (END, END)
 
     def record(self, unit: int) -> None:
         """``unit`` is needed now (or a backward has ended: ``END``)."""
-        if unit == END and self._last[1] == END:
+        if unit == END and self._pair[1] == END:
             return
-        self._next[self._last] = unit
-        self._last = (self._last[1], unit)
+        if len(self._after_all) == REMEMBERED:
+            self._after_all.clear()
+        self._after_all[self._all] = self._after_pair[self._pair] = unit
+        self._all = hash((self._all, unit)) if unit != END else 0
+        self._pair = (self._pair[1], unit)
 
     def upcoming(self) -> Iterator[int]:
-        """The units that followed the last time, nearest first, up to the end of the backward. It may go in circles."""
-        pair = self._last
+        """The units that followed the last time, nearest first, up to the end of the backward."""
+        everything, pair = self._all, self._pair
+        guessed: set[tuple[int, int]] = set()
         while True:
-            following = self._next.get(pair, END)
+            following = self._after_all.get(everything)
+            if following is None:
+                if pair in guessed:
+                    return
+                guessed.add(pair)
+                following = self._after_pair.get(pair, END)
             if following == END:
                 return
             yield following
+            everything = hash((everything, following))
             pair = (pair[1], following)
