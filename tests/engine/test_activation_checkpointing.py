@@ -61,7 +61,7 @@ def test_every_stage_trains_to_the_numbers_of_plain_pytorch(ranks, accumulation)
 
 def compare(config: dict[str, Any], settings: dict[str, Any]) -> None:
     micro_step = replicated if settings else squared_output
-    for stage in (0, 1, 2):
+    for stage in (0, 1, 2, 3):
         training = partial(Training, micro_step=micro_step, accumulation=2, config=config)
         expected = train_engine(training(partial(Blocks, checkpointed=False, dropout=0.2)), stage)
         with configured(AllRanks() if settings else None, **settings):
