@@ -96,7 +96,8 @@ NAMES: dict[str, list[str]] = {
     "runtime.zero.stage_1_and_2": ["DeepSpeedZeroOptimizer", *estimators(2)],
     "utils": [
         *[*SAFE, "RepeatingLoader", "groups", "log_dist", "logger", "logging", "safe_update_full_grad_vectorized"],
-        "zero_to_fp32",
+        *["get_z3_leaf_modules", "set_z3_leaf_module", "set_z3_leaf_modules", "set_z3_leaf_modules_by_name"],
+        *["set_z3_leaf_modules_by_suffix", "unset_z3_leaf_modules", "z3_leaf_module", "zero_to_fp32"],
     ],
     "utils.groups": [
         *[f"_get_data_parallel_{what}" for what in ("group", "rank", "world_size")],

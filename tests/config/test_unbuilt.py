@@ -8,10 +8,6 @@ from deepspeed.config import ConfigError, load_config
 from deepspeed.config.unbuilt import ONLY, SWITCHES, UNBUILT
 
 SWITCHED_ON: dict[str, dict[str, Any]] = {
-    "zero_optimization.stage3_module_granularity_threshold": {
-        "zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 100}
-    },
-    "zero_optimization.log_trace_cache_warnings": {"zero_optimization": {"stage": 3, "log_trace_cache_warnings": True}},
     "zero_optimization.stage3_use_all_reduce_for_fetch_params": {
         "zero_optimization": {"stage": 3, "stage3_use_all_reduce_for_fetch_params": True}
     },

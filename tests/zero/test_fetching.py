@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -237,3 +238,21 @@ def test_each_micro_step_gathers_twice_and_reduces_once(ranks, size, accumulatio
         share = (size - 1) / size
         assert reduced == accumulation * (units + resident) * share
         assert gathered == (accumulation * (2 * units - units // COUNT) + resident) * share
+
+
+def misses(log: bool) -> list[str]:
+    engine = engine_with(stage3_param_persistence_threshold=WIDTH, log_trace_cache_warnings=log)
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger("DeepSpeed").addHandler(handler)
+    train(engine)
+    assert records == []
+    engine.module.blocks[3](torch.ones(WIDTH))
+    logging.getLogger("DeepSpeed").removeHandler(handler)
+    return records
+
+
+def test_wrong_guesses_are_logged_where_the_configuration_says_so(ranks):
+    assert ranks(2, misses, True) == [["stage 3 expected 'blocks.0' to come next, and 'blocks.3' did"]] * 2
+    assert ranks(2, misses, False) == [[]] * 2

@@ -117,3 +117,110 @@ def test_a_whole_state_dict_is_loaded_into_the_shards(ranks):
         assert all(torch.equal(m, expected[name].float()) for m, name in zip(masters, expected, strict=False))
         assert released == 0
         assert "size mismatch for 0.weight" in refused
+
+
+def plain_things() -> list[object]:
+    """Whatever is no sharded parameter is passed over, before there is an engine and at a stage that shards none."""
+    module = model()
+    with deepspeed.zero.GatheredParameters(module.parameters(), modifier_rank=0):
+        before = tuple(module[0].weight.shape)
+    for given in (None, [], [None, [torch.ones(2)]], module[0].bias, {"a": module[0].weight}, iter(())):
+        with deepspeed.zero.GatheredParameters(given, modifier_rank=0):
+            pass
+    engine = make_engine(Training(model, loss), 2)
+    with deepspeed.zero.GatheredParameters(engine.module, modifier_rank=0):
+        stage_two = tuple(engine.module[0].weight.shape)
+    sharded = engine_of().module
+    with deepspeed.zero.GatheredParameters(sharded.parameters(), enabled=False):
+        disabled = sharded[0].weight.numel()
+    return [before, stage_two, disabled]
+
+
+def test_what_is_not_sharded_is_passed_over(ranks):
+    assert ranks(2, plain_things) == [[(9, 6), (9, 6), 0]] * 2
+
+
+class Reading(nn.Module):
+    """Computes with another module's weight, through a name that it has no part in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Linear(6, 6)
+        self.user = nn.Linear(6, 6)
+        self.user.register_forward_hook(lambda module, args, output: output + args[0] @ self.table.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.user(x)
+
+
+def declared(forward_module: bool) -> list[str]:
+    """The units that are held while a module runs, from the first forward on."""
+    engine = make_engine(Training(Reading, loss), 3)
+    table, user = engine.module.table, engine.module.user
+    with deepspeed.zero.GatheredParameters(table.weight, modifier_rank=0, fwd_module=user if forward_module else None):
+        table.weight.data.fill_(1.0)
+    held: list[str] = []
+    user.register_forward_pre_hook(lambda *_: held.extend(u.name for u in engine.sharded_model.scopes.fetcher.units if u.holds))
+    loss(engine, 0, engine.backward)
+    engine.step()
+    return held
+
+
+def test_a_forward_module_has_the_parameters_too_from_then_on(ranks):
+    assert ranks(2, declared, True) == [["table", "user"]] * 2
+    assert ranks(2, declared, False) == [["user"]] * 2
+
+
+def nested_changes() -> tuple[bool, bool, int]:
+    """An inner context of another modifier inside one that reads; then the outer one ends."""
+    engine = engine_of(BF16)
+    module, rank = engine.module, engine.communicator.rank
+    weight = module[0].weight
+    with deepspeed.zero.GatheredParameters(module):
+        with deepspeed.zero.GatheredParameters([weight], modifier_rank=1):
+            weight.data.fill_(float(rank))
+        inside = bool((weight == 1).all())
+    return inside, bool((safe_get_full_fp32_param(weight) == 1).all()), weight.numel()
+
+
+def test_changes_of_an_inner_context_are_kept(ranks):
+    assert ranks(2, nested_changes) == [(True, True, 0)] * 2
+
+
+def changed_between_steps(stage: int) -> dict[str, Tensor]:
+    """Weights and biases, sharded and resident ones, scaled on rank 0 between two steps."""
+    engine = make_engine(Training(model, loss), stage)
+    for index in range(3):
+        loss(engine, index, engine.backward)
+        engine.step()
+        with deepspeed.zero.GatheredParameters(engine.module.parameters(), modifier_rank=0), torch.no_grad():
+            for parameter in engine.module.parameters():
+                parameter.mul_(0.5)
+        if stage < 3:
+            for bucket in engine.optimizer.flat.layout.buckets:
+                assert not engine.optimizer.flat.has_separate_master(bucket)
+    return state_of(engine.module)
+
+
+def test_training_goes_on_from_changes(ranks):
+    expected = ranks(1, changed_between_steps, 2)[0]
+    for state in ranks(2, changed_between_steps, 3):
+        for name, value in expected.items():
+            assert torch.allclose(state[name], value, rtol=1e-6)
+
+
+def while_in_use() -> str:
+    """Contexts around forward and backward do not take away what modules hold."""
+    engine = engine_of()
+    weight = engine.module[0].weight
+    with deepspeed.zero.GatheredParameters(weight):
+        result = engine(torch.ones(2, 6)).square().mean()
+        assert weight.numel() == 54
+        engine.backward(result)
+        assert weight.numel() == 54
+    engine.step()
+    return weight.ds_status.name
+
+
+def test_a_parameter_stays_whole_while_a_context_holds_it(ranks):
+    assert ranks(2, while_in_use) == ["NOT_AVAILABLE"] * 2

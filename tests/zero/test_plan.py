@@ -24,9 +24,15 @@ class Model(nn.Module):
 
 
 def plan(
-    model: nn.Module, *, resident: int = 0, total: int = 10**9, largest: int = 10**9, leaves: tuple[str, ...] = ()
+    model: nn.Module,
+    *,
+    resident: int = 0,
+    total: int = 10**9,
+    largest: int = 10**9,
+    leaves: tuple[str, ...] = (),
+    granularity: int = 0,
 ) -> UnitPlan:
-    limits = UnitLimits(resident, total, largest, leaf_predicate((), leaves, ()))
+    limits = UnitLimits(resident, total, largest, leaf_predicate((), leaves, ()), granularity)
     return plan_units(model, nn.Parameter.numel, limits)
 
 
@@ -57,3 +63,33 @@ def test_a_leaf_is_one_unit():
     model = Model()
     set_z3_leaf_module(model.blocks[0].experts, True)
     assert plan(model, largest=40).names[1:3] == ("blocks.0.inner", "blocks.0.experts")
+
+
+def test_a_module_of_few_parameters_per_module_in_it_is_one_unit():
+    # 80 elements in the 6 modules of a block, 60 in the 4 of its experts, 200 in the 17 of the model.
+    assert plan(Model(), largest=40, granularity=15).names == plan(Model(), largest=40, leaves=("",)).names
+    assert plan(Model(), largest=40, granularity=11).names == plan(Model(), largest=40).names
+    found = plan(nn.Sequential(Model(), nn.Linear(40, 40)), largest=40, granularity=14)
+    assert found.names == ("0", "1")
+
+
+def test_modules_need_their_own_parameters_and_blocks_all_that_is_inside():
+    found = plan(Model())
+    needs = {name: [found.names[unit] for unit in units] for name, units in found.needs.items()}
+    assert needs[""] == needs["blocks"] == []
+    assert needs["blocks.1"] == needs["blocks.1.inner"] == needs["blocks.1.experts.2"] == ["blocks.1"]
+    assert needs["blocks.1.experts"] == []
+
+
+def test_a_parameter_of_two_blocks_belongs_to_the_first_and_is_needed_by_both():
+    model = Model()
+    model.blocks[1].inner.weight = model.blocks[0].inner.weight
+    found = plan(model)
+    assert found.names[found.unit_of["blocks.0.inner.weight"]] == "blocks.0"
+    assert [found.names[unit] for unit in found.needs["blocks.1"]] == ["blocks.0", "blocks.1"]
+
+
+def test_parameters_without_elements_stay_whole():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    model.register_parameter("nothing", nn.Parameter(model[0].weight.detach()[:0]))
+    assert list(plan(model).unit_of) == ["0.weight"]

@@ -49,16 +49,6 @@ UNBUILT: tuple[tuple[str, Predicate, str], ...] = (
         "MiCS is not built yet; use -1, and no mics_hierarchical_params_gather.",
     ),
     (
-        "zero_optimization.stage3_module_granularity_threshold",
-        lambda c: c.zero_optimization.stage3_module_granularity_threshold != 0,
-        "choosing units by granularity is not built yet; name modules in leaf_module, and leave it at 0.",
-    ),
-    (
-        "zero_optimization.log_trace_cache_warnings",
-        lambda c: c.zero_optimization.log_trace_cache_warnings,
-        "misses of the recorded order are not logged yet; set it to false.",
-    ),
-    (
         "zero_optimization.zenflow",
         lambda c: c.zero_optimization.zenflow is not None,
         "ZenFlow is not built yet; remove it.",

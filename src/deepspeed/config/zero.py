@@ -81,14 +81,14 @@ class ZeroConfig(Section):
     )
     stage3_model_persistence_threshold: Int = key(UNLIMITED, "Most parameters that stay whole.", unit="elements", ge=0, stage=3)
     stage3_module_granularity_threshold: Int = key(
-        0, "Modules with fewer parameters per inner module are fetched as one.", unit="elements", ge=0, stage=3
+        0, "A module of fewer parameters per module in it is fetched as one, with all inside.", unit="elements", ge=0, stage=3
     )
     stage3_use_all_reduce_for_fetch_params: bool = key(False, "Gather by all-reduce.", stage=3)
     stage3_gather_16bit_weights_on_model_save: bool = key(False, "Gather the weights for save_16bit_model.", stage=3)
     memory_efficient_linear: bool = key(
         True, "Linear layers that keep no gathered weight: always so here, either value is right.", stage=3
     )
-    log_trace_cache_warnings: bool = key(False, "Log misses of the recorded order.", stage=3)
+    log_trace_cache_warnings: bool = key(False, "Warn where another unit is needed than was expected.", stage=3)
     leaf_module: LeafModuleConfig = LeafModuleConfig()
     zero_hpz_partition_size: Int = key(1, "ZeRO++: ranks of a secondary partition.", unit="ranks", ge=0)
     zero_quantized_weights: bool = key(False, "ZeRO++: gather quantized weights.")

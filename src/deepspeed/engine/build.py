@@ -105,16 +105,18 @@ def unit_limits(config: DeepSpeedConfig) -> UnitLimits:
         resident_total=zero.stage3_model_persistence_threshold,
         largest=zero.stage3_max_live_parameters,
         is_leaf=leaf_predicate(zero.leaf_module.classes, zero.leaf_module.names, zero.leaf_module.name_suffixes),
+        granularity=zero.stage3_module_granularity_threshold,
     )
 
 
 def fetch_limits(config: DeepSpeedConfig) -> FetchLimits:
-    """What bounds the parameters that are whole at once."""
+    """What bounds the parameters that are whole at once, and whether wrong guesses are logged."""
     zero = config.zero_optimization
     return FetchLimits(
         ahead=zero.stage3_prefetch_bucket_size,
         reuse=zero.stage3_max_reuse_distance,
         live=zero.stage3_max_live_parameters,
+        log_misses=zero.log_trace_cache_warnings,
     )
 
 

@@ -18,11 +18,21 @@ from ..zero.inspection import (
     safe_set_local_optimizer_state,
     safe_update_full_grad_vectorized,
 )
+from ..zero.leaves import (
+    get_z3_leaf_modules,
+    set_z3_leaf_module,
+    set_z3_leaf_modules,
+    set_z3_leaf_modules_by_name,
+    set_z3_leaf_modules_by_suffix,
+    unset_z3_leaf_modules,
+    z3_leaf_module,
+)
 from . import groups, logging, zero_to_fp32
 from .logging import log_dist, logger
 
 __all__ = [
     "RepeatingLoader",
+    "get_z3_leaf_modules",
     "groups",
     "log_dist",
     "logger",
@@ -40,5 +50,11 @@ __all__ = [
     "safe_set_local_grad",
     "safe_set_local_optimizer_state",
     "safe_update_full_grad_vectorized",
+    "set_z3_leaf_module",
+    "set_z3_leaf_modules",
+    "set_z3_leaf_modules_by_name",
+    "set_z3_leaf_modules_by_suffix",
+    "unset_z3_leaf_modules",
+    "z3_leaf_module",
     "zero_to_fp32",
 ]

@@ -6,22 +6,26 @@ What nobody holds is released, unless it is expected again at once, or was fetch
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .order import END, FetchOrder
 from .units import ParameterUnit, UnitState
 
+logger = logging.getLogger("DeepSpeed")
+
 
 @dataclass(frozen=True)
 class FetchLimits:
     """In elements. ``ahead``: units that are fetched before they are needed, in all (one at least, unless 0).
     ``reuse``: a unit that is needed again before others of more than so many are is kept. ``live``: what nobody holds makes
-    room where more than so many would be whole at once."""
+    room where more than so many would be whole at once. ``log_misses``: warn of guesses that were wrong."""
 
     ahead: int
     reuse: int
     live: int
+    log_misses: bool = False
 
 
 class UnitFetcher:
@@ -45,7 +49,7 @@ class UnitFetcher:
             unit.holds += 1
             if unit.holds == 1:
                 wanted.append(unit)
-                self._order.record(unit.index)
+                self._record(unit.index)
                 self._make_room(unit)
                 unit.start_fetch()
         if wanted:
@@ -62,7 +66,7 @@ class UnitFetcher:
 
     def end_backward(self) -> None:
         """Release what nobody holds: its values are about to change."""
-        self._order.record(END)
+        self._record(END)
         self.release_idle()
 
     def release_idle(self) -> None:
@@ -70,6 +74,14 @@ class UnitFetcher:
         for unit in self.units:
             if not unit.holds:
                 unit.release()
+
+    def _record(self, index: int) -> None:
+        guess = self._order.record(index)
+        if self._limits.log_misses and guess not in (None, index):
+            logger.warning("stage 3 expected %s to come next, and %s did", self._said(guess), self._said(index))
+
+    def _said(self, index: int) -> str:
+        return "the end of backward" if index == END else f"'{self.units[index].name}'"
 
     def _fetch_ahead(self) -> None:
         """Start to fetch what is expected next, and release what was fetched in vain."""

@@ -20,19 +20,19 @@ def set_z3_leaf_modules(model: nn.Module, leaf_module_classes: Iterable[type[nn.
     """
     wanted = list(leaf_module_classes)
     names = [item if isinstance(item, str) else f"{item.__module__}.{item.__qualname__}" for item in wanted]
-    return _mark(model, leaf_predicate(names, (), ()), f"of the classes {', '.join(names)}")
+    return _mark(model, _chosen(names, (), ()), f"of the classes {', '.join(names)}")
 
 
 def set_z3_leaf_modules_by_name(model: nn.Module, leaf_module_names: Iterable[str]) -> list[nn.Module]:
     """Mark the modules of the given names in ``model``, as ``set_z3_leaf_modules`` does."""
     names = list(leaf_module_names)
-    return _mark(model, leaf_predicate((), names, ()), f"named {', '.join(names)}")
+    return _mark(model, _chosen((), names, ()), f"named {', '.join(names)}")
 
 
 def set_z3_leaf_modules_by_suffix(model: nn.Module, leaf_module_name_suffixes: Iterable[str]) -> list[nn.Module]:
     """Mark the modules whose names in ``model`` end as given, as ``set_z3_leaf_modules`` does."""
     suffixes = list(leaf_module_name_suffixes)
-    return _mark(model, leaf_predicate((), (), suffixes), f"whose names end in {', '.join(suffixes)}")
+    return _mark(model, _chosen((), (), suffixes), f"whose names end in {', '.join(suffixes)}")
 
 
 def set_z3_leaf_module(model: nn.Module, flag: bool) -> None:
@@ -43,7 +43,7 @@ def set_z3_leaf_module(model: nn.Module, flag: bool) -> None:
 def unset_z3_leaf_modules(model: nn.Module, leaf_module_classes: Iterable[type[nn.Module] | str]) -> list[nn.Module]:
     """Take the marks of the given classes away again, and return the modules."""
     names = [c if isinstance(c, str) else f"{c.__module__}.{c.__qualname__}" for c in leaf_module_classes]
-    found = [m for name, m in model.named_modules() if leaf_predicate(names, (), ())(name, m)]
+    found = [m for name, m in model.named_modules() if _chosen(names, (), ())(name, m)]
     for module in found:
         set_z3_leaf_module(module, False)
     return found
@@ -59,24 +59,26 @@ def z3_leaf_module(model: nn.Module) -> bool:
     return bool(getattr(model, LEAF, False))
 
 
-def leaf_predicate(
-    classes: Iterable[str], names: Iterable[str], suffixes: Iterable[str]
-) -> Callable[[str, nn.Module], bool]:
+def leaf_predicate(classes: Iterable[str], names: Iterable[str], suffixes: Iterable[str]) -> Callable[[str, nn.Module], bool]:
     """Whether a module, given with its name in the model, is marked or is one of those named. A class is named with or
     without its module."""
+    chosen = _chosen(classes, names, suffixes)
+    return lambda name, module: z3_leaf_module(module) or chosen(name, module)
+
+
+def _chosen(classes: Iterable[str], names: Iterable[str], suffixes: Iterable[str]) -> Callable[[str, nn.Module], bool]:
     of_class, by_name, by_suffix = frozenset(classes), frozenset(names), tuple(suffixes)
 
-    def is_leaf(name: str, module: nn.Module) -> bool:
+    def is_chosen(name: str, module: nn.Module) -> bool:
         kind = type(module)
         return (
-            z3_leaf_module(module)
-            or kind.__name__ in of_class
+            kind.__name__ in of_class
             or f"{kind.__module__}.{kind.__qualname__}" in of_class
             or name in by_name
             or (bool(by_suffix) and name.endswith(by_suffix))
         )
 
-    return is_leaf
+    return is_chosen
 
 
 def _mark(model: nn.Module, chosen: Callable[[str, nn.Module], bool], which: str) -> list[nn.Module]:

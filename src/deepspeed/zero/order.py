@@ -25,15 +25,17 @@ class FetchOrder:
         self._all = 0
         self._pair = (END, END)
 
-    def record(self, unit: int) -> None:
-        """``unit`` is needed now (or a backward has ended: ``END``)."""
+    def record(self, unit: int) -> int | None:
+        """``unit`` is needed now (or a backward has ended: ``END``). Returns what was guessed, None where nothing was."""
         if unit == END and self._pair[1] == END:
-            return
+            return None
+        guess = self._after_all.get(self._all, self._after_pair.get(self._pair))
         if len(self._after_all) == REMEMBERED:
             self._after_all.clear()
         self._after_all[self._all] = self._after_pair[self._pair] = unit
         self._all = hash((self._all, unit)) if unit != END else 0
         self._pair = (self._pair[1], unit)
+        return guess
 
     def upcoming(self) -> Iterator[int]:
         """The units that followed the last time, nearest first, up to the end of the backward."""

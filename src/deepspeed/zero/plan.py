@@ -22,12 +22,13 @@ CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 class UnitLimits:
     """``resident_numel``: parameters of up to so many elements stay whole, until they are ``resident_total`` in all.
     ``largest``: a block of more elements is cut into the blocks and modules inside it. ``is_leaf`` names modules that
-    are one unit whatever is inside."""
+    are one unit whatever is inside; so is one of less than ``granularity`` elements per module in it."""
 
     resident_numel: int
     resident_total: int
     largest: int
     is_leaf: Callable[[str, nn.Module], bool]
+    granularity: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,9 @@ def _cuts(
 ) -> Iterator[tuple[str, list[nn.Parameter], bool]]:
     """The name of each unit's module, its parameters, and whether it is a block, in registration order."""
     inside = list(module.parameters())
-    small_enough = sum(numel_of(p) for p in inside) <= limits.largest
-    if limits.is_leaf(name, module) or (in_block and small_enough):
+    numel = sum(numel_of(p) for p in inside)
+    is_fine = numel < limits.granularity * len(list(module.modules()))
+    if limits.is_leaf(name, module) or is_fine or (in_block and numel <= limits.largest):
         yield name, inside, True
         return
     own = list(module.parameters(recurse=False))

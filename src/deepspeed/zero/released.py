@@ -57,7 +57,7 @@ used, and torch's error tells by the number which parameter it was."""
 HOME = "ds_home"
 """The attribute of a sharded parameter that is its home."""
 
-_COMPUTED = ("H", "T", "imag", "mH", "mT", "real")
+_COMPUTED = ("H", "T", "data", "imag", "mH", "mT", "real")
 """Properties of a tensor that are made of its values."""
 
 _METHODS = (
@@ -84,9 +84,17 @@ HARMLESS = _harmless()
 MOVES = frozenset(getattr(torch.Tensor, name) for name in ("to", "cpu", "cuda", "float", "double", "half", "bfloat16"))
 """What moves or converts a parameter. Where that changes nothing, as in most calls of ``Module.to``, it is harmless."""
 
+SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+"""What ``Module.to`` does with the parameter that it has moved."""
+
 
 class ReleasedParameter(nn.Parameter):
     """The class of a parameter while it is released."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy that has no values and no home: an error where it is used."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return super().__deepcopy__(memo)
 
     @classmethod
     def __torch_function__(
@@ -97,11 +105,11 @@ class ReleasedParameter(nn.Parameter):
         if func in MOVES and isinstance(args[0], ReleasedParameter):
             with torch._C.DisableTorchFunctionSubclass():
                 moved = func(*args, **keywords)
-                if (moved.dtype, moved.device) == (args[0].dtype, args[0].device):
+                if _is_like(args[0], moved):
                     return moved
-        if func not in HARMLESS:
+        if func not in HARMLESS and not (func == SET_DATA and _is_like(*args)):
             for parameter in _released_among([*args, *keywords.values()]):
-                touch(parameter, getattr(func, "__name__", str(func)))
+                touch(parameter, _name_of(func))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **keywords)
 
@@ -135,8 +143,8 @@ def release(parameter: nn.Parameter) -> None:
     if type(parameter) is not ReleasedParameter:
         described["ds_version"] = parameter._version
         _set_version(parameter, RELEASED_VERSION + _identifier(parameter))
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         parameter.__class__ = ReleasedParameter
-    parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
     described["ds_status"] = ZeroParamStatus.NOT_AVAILABLE
 
 
@@ -187,6 +195,17 @@ def _set_version(parameter: nn.Parameter, version: int) -> None:
         torch._C._autograd._unsafe_set_version_counter((parameter,), (version,))
     except TypeError:  # torch < 2.7 takes one tensor.
         torch._C._autograd._unsafe_set_version_counter(parameter, version)  # type: ignore[arg-type]
+
+
+def _is_like(parameter: Tensor, other: Tensor) -> bool:
+    """Whether ``other`` has no values either, and the same dtype and device as the released ``parameter``."""
+    return (other.numel(), other.dtype, other.device) == (0, parameter.dtype, parameter.device)
+
+
+def _name_of(function: Any) -> str:
+    """The name of an operation, or of the property that an accessor belongs to."""
+    accessed = getattr(function, "__self__", function) if function.__name__ in ("__get__", "__set__") else function
+    return str(accessed.__name__)
 
 
 def _released_among(values: Sequence[Any]) -> Iterator[ReleasedParameter]:
