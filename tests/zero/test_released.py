@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -33,6 +34,9 @@ class Recording:
         self.touches.append(operation)
         expose(parameter, self.values)
 
+    def copied(self, parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(self.values.clone())
+
 
 def parameter_of(values: Tensor) -> tuple[nn.Parameter, Recording]:
     parameter, home = nn.Parameter(values), Recording(values)
@@ -50,7 +54,10 @@ def parameter_of(values: Tensor) -> tuple[nn.Parameter, Recording]:
         (lambda p: nn.functional.linear(torch.ones(3), weight=p), "linear"),
         (lambda p: p.sum(), "sum"),
         (lambda p: p.T, "T"),
-        (lambda p: p.data, "data"),
+        (lambda p: p.data * 2, "mul"),
+        (lambda p: torch.cat([p.data, p.detach()]), "cat"),
+        (lambda p: p.data[1], "__getitem__"),
+        (lambda p: p.detach().to(torch.float64), "to"),
         (lambda p: p.to(torch.float64), "to"),
         (lambda p: p[0], "__getitem__"),
         (lambda p: p.tolist(), "tolist"),
@@ -98,12 +105,44 @@ def test_questions_touch_nothing():
     assert model.weight is parameter
 
 
-def test_a_copy_has_no_home_and_says_so():
+def test_a_copy_is_what_the_home_makes_once_for_a_parameter_that_is_shared():
+    parameter, home = parameter_of(torch.ones(2, 3))
+    first, second = copy.deepcopy([parameter, parameter])
+    assert first is second
+    assert torch.equal(first, home.values)
+    assert home_of(first) is None
+
+
+def test_a_parameter_without_a_home_has_no_values_and_says_so():
     parameter, _ = parameter_of(torch.zeros(2, 3))
-    copied = copy.deepcopy(parameter)
-    assert home_of(copied) is None
+    forget(parameter)
     with pytest.raises(RuntimeError, match="sum was called on a copy of a sharded parameter"):
-        copied.sum()
+        parameter.sum()
+
+
+def test_data_and_detach_are_the_values_when_these_are_needed():
+    parameter, home = parameter_of(torch.arange(6.0).view(2, 3))
+    data, detached = parameter.data, parameter.detach()
+    assert (data.shape, detached.device, data.requires_grad, home.touches) == ((0,), torch.device("cpu"), False, [])
+    data.mul_(2)
+    assert home.touches == ["mul_"]
+    assert torch.equal(parameter.detach(), torch.arange(6.0).view(2, 3) * 2)
+    assert torch.equal(detached + data, 2 * parameter.detach())
+    release(parameter)
+    assert torch.equal(copy.deepcopy(data), home.values)
+    release(parameter)
+    buffer = io.BytesIO()
+    torch.save(detached, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer), home.values)
+    assert home.touches == ["mul_", "clone", "pickle"]
+
+
+def test_padding_by_nothing_is_nothing():
+    parameter, home = parameter_of(torch.ones(3))
+    parameter.data = nn.functional.pad(parameter.data, (0, 0))
+    assert home.touches == []
+    assert nn.functional.pad(parameter, (0, 1)).tolist() == [1, 1, 1, 0]
 
 
 def test_what_was_described_is_forgotten_but_for_the_identifier():

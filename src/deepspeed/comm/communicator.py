@@ -133,6 +133,23 @@ class Communicator:
         work = dist.broadcast(buffer, src=self._ranks[source], group=self.group, async_op=True)
         return self._logged("broadcast", buffer, 1, _Operation([work]))
 
+    def scatter(self, buffer: Tensor | None, out: Tensor, *, source: int = 0) -> Pending:
+        """Fill each rank's ``out`` with its slice of group rank ``source``'s ``buffer`` (1-D, contiguous, ``size`` times as
+        long as ``out``), which is None on the others."""
+        slices = buffer.chunk(self.size) if buffer is not None else []
+        if slices:
+            out.copy_(slices[self.rank])
+        if self.size == 1 or not out.numel():
+            return DONE
+        if not self._point_to_point:
+            work = dist.scatter(out, list(slices) or None, src=self._ranks[source], group=self.group, async_op=True)
+            works = [work]
+        elif slices:
+            works = [dist.isend(slices[peer], dst=global_rank, group=self.group) for peer, global_rank in self._peers()]
+        else:
+            works = [dist.irecv(out, src=self._ranks[source], group=self.group)]
+        return self._logged("scatter", out, 1, _Operation(works))
+
     def gather_objects(self, value: object) -> list[Any]:
         """Every rank's ``value`` (small and picklable), in rank order. Blocks."""
         if self.size == 1:

@@ -1,23 +1,28 @@
-"""Construct a model in shards: each module's parameters are sharded as soon as the module is complete.
+"""Construct a model in shards: a module's parameters are sharded as soon as the module is complete.
 
 Nothing of torch is replaced. torch calls hooks when a module registers a parameter, and when it registers a submodule:
-then the submodule is complete, its initialization included, and its own parameters become a unit. What is in no module
-(the outermost one's own parameters) is sharded at the end of the context.
+then the submodule is complete, its initialization included. So is one that others have followed, which a list of modules
+is waiting to register. What is in no module (the outermost one's own parameters) is sharded at the end of the context.
 
-Code that initializes weights afterwards works: a parameter that is touched is gathered, and what was written on rank 0 is
-everyone's when others are touched, or at the end.
+Code that initializes weights afterwards works: a parameter that is touched is gathered, in the dtype that it was
+constructed in, and what was written on rank 0 is everyone's when others are touched, or at the end. Until then a released
+parameter answers questions about its shape as if it were whole, and a copy of it is a released one too.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.parameter import is_lazy
 
-from ..comm.communicator import Communicator
+from ..comm.communicator import Communicator, Pending
 from ..memory.layout import FlatLayout, ParameterSpec
 from .parameters import FlatParameters, unchanged
 from .released import home_of
@@ -26,23 +31,37 @@ from .units import ParameterUnit, Replica, UnitPart
 HELD_WHILE_TOUCHED = 4
 """Units that stay gathered while code initializes parameters: an operation may read one and write another."""
 
+INCOMPLETE = 3
+"""Modules whose parameters stay whole as long as nothing registers these modules."""
+
+UNDER_WAY = 2
+"""Slices that are on their way to the other ranks while the next parameters are constructed."""
+
 
 class ModuleSharder:
-    """Shards modules over the ranks of ``communicator``, a unit each, in ``dtype`` (the parameters' own where None).
-    Parameters of up to ``resident_numel`` elements stay whole on every rank."""
+    """Shards parameters over the ranks of ``communicator``, a unit each, in ``dtype`` (their own where None), with rank
+    0's values. Parameters of up to ``resident_numel`` elements stay whole on every rank, until they are
+    ``resident_total`` in all."""
 
-    def __init__(self, communicator: Communicator, *, dtype: torch.dtype | None, resident_numel: int):
+    def __init__(
+        self, communicator: Communicator, *, dtype: torch.dtype | None, resident_numel: int, resident_total: int
+    ):
         self._communicator = communicator
         self._dtype = dtype
         self._resident_numel = resident_numel
+        self._resident_left = resident_total
         self._incomplete: dict[int, nn.Module] = {}
-        self._touched: list[ParameterUnit] = []
-        self._units: list[ParameterUnit] = []
+        self._residents: list[nn.Parameter] = []
+        self._touched: deque[ParameterUnit] = deque()
+        self._under_way: deque[tuple[Pending, Tensor | None]] = deque()
+        self._constructed_in: WeakKeyDictionary[ParameterUnit, torch.dtype] = WeakKeyDictionary()
 
     def parameter_registered(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         """Remember that ``module`` has parameters of its own."""
-        if parameter is not None and home_of(parameter) is None:
+        if parameter is not None and home_of(parameter) is None and id(module) not in self._incomplete:
             self._incomplete[id(module)] = module
+            while len(self._incomplete) > INCOMPLETE:
+                self._shard_own(self._incomplete.pop(next(iter(self._incomplete))))
 
     def module_registered(self, parent: nn.Module, name: str, module: nn.Module | None) -> None:
         """Shard ``module``, which is complete, and what is inside it."""
@@ -52,87 +71,163 @@ class ModuleSharder:
     def shard(self, module: nn.Module) -> None:
         """Shard ``module`` and what is inside it, where that has not happened."""
         for inner in module.modules():
-            if self._incomplete.pop(id(inner), None) is not None:
-                self._shard_own(inner)
-
-    def shard_all(self, module: nn.Module) -> None:
-        """Shard every parameter of a ``module`` that was constructed before."""
-        for inner in module.modules():
+            self._incomplete.pop(id(inner), None)
             self._shard_own(inner)
 
     def finish(self) -> None:
         """Shard what is left, and take over what was written into sharded parameters."""
         for module in list(self._incomplete.values()):
             self._shard_own(module)
-        self._incomplete.clear()
         self._keep_touched(0)
-        for unit in self._units:
-            unit.refuse_touches()
-        self._units.clear()
+        self.settle()
+        self._replicate()
+        self._refuse_touches()
+
+    def abandon(self) -> None:
+        """An exception ended the construction: keep nothing."""
+        for unit in self._touched:
+            unit.let_go()
+        self._touched.clear()
+        self._refuse_touches()
+
+    # -- what units ask of their constructor -----------------------------------------------------------------------------
+
+    def copied(self, unit: ParameterUnit, parameter: nn.Parameter) -> nn.Parameter:
+        """A copy of a released ``parameter``, with slices of its own."""
+        (part,) = unit.parts
+        self.settle()
+        values = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        copy = nn.Parameter(values, requires_grad=parameter.requires_grad)
+        (name,) = part.flat.parameters
+        own = part.flat.own_slice(part.bucket).clone()
+        self._adopt(copy, name, part.flat.layout, own, constructed_in=self._constructed_in[unit])
+        return copy
+
+    def settle(self, under_way: int = 0) -> None:
+        """Wait until at most so many slices are under way to the other ranks."""
+        while len(self._under_way) > under_way:
+            self._under_way.popleft()[0].wait()
+
+    # -- sharding --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _shard_own(self, module: nn.Module) -> None:
-        own = {name: p for name, p in module.named_parameters(recurse=False) if home_of(p) is None and not p.is_meta}
-        for name in [name for name, p in own.items() if p.numel() <= self._resident_numel]:
-            parameter = own.pop(name)
-            parameter.data = parameter.data.to(self._dtype_of(parameter))
-            self._communicator.broadcast(parameter.data).wait()
-            Replica(parameter, self._communicator)
-        if not own:
-            return
-        specs = [
-            ParameterSpec(name, tuple(p.shape), str(self._dtype_of(p)).removeprefix("torch."), unit=0)
-            for name, p in own.items()
-        ]
-        layout = FlatLayout.build(specs, shards=self._communicator.size, bucket_numel=0)
-        flat = FlatParameters(layout, own, shard=self._communicator.rank, master_dtype=unchanged)
-        parts = []
-        for bucket in flat.move_in(self._communicator):
-            parts.append(UnitPart(flat, bucket))
-            parts[-1].release()
-        unit = ParameterUnit(0, type(module).__name__, parts, self._communicator)
-        unit.on_touch = self._on_touch
-        self._units.append(unit)
+        for name, parameter in module.named_parameters(recurse=False):
+            if home_of(parameter) is None and not is_lazy(parameter) and not parameter.is_meta:
+                if self._stays_whole(parameter):
+                    Replica(parameter, self._communicator)
+                    self._residents.append(parameter)
+                else:
+                    self._shard(parameter, f"{type(module).__name__}.{name}")
 
-    def _dtype_of(self, parameter: nn.Parameter) -> torch.dtype:
-        return self._dtype if self._dtype is not None and parameter.is_floating_point() else parameter.dtype
+    def _stays_whole(self, parameter: nn.Parameter) -> bool:
+        numel = parameter.numel()
+        stays = numel == 0 or (numel <= self._resident_numel and numel <= self._resident_left)
+        self._resident_left -= numel if stays else 0
+        return stays
+
+    def _shard(self, parameter: nn.Parameter, name: str) -> None:
+        dtype = self._dtype_of(parameter)
+        spec = ParameterSpec(name, tuple(parameter.shape), str(dtype).removeprefix("torch."), unit=0)
+        layout = FlatLayout.build([spec], shards=self._communicator.size, bucket_numel=0)
+        own = parameter.new_empty(layout.slice_numel, dtype=dtype)
+        self._scatter(parameter, layout, own)
+        self._adopt(parameter, name, layout, own, constructed_in=parameter.dtype)
+
+    def _scatter(self, parameter: nn.Parameter, layout: FlatLayout, own: Tensor) -> None:
+        """Give each rank its slice of rank 0's values."""
+        whole = None
+        if self._communicator.rank == 0:
+            (bucket,) = layout.buckets
+            (placement,) = bucket.placements
+            whole = own.new_empty(bucket.numel)
+            whole[placement.start : placement.stop].view(placement.spec.shape).copy_(parameter.detach())
+            for gap in bucket.gaps:
+                whole[gap].zero_()
+        self.settle(UNDER_WAY - 1)
+        self._under_way.append((self._communicator.scatter(whole, own), whole))
+
+    def _adopt(
+        self, parameter: nn.Parameter, name: str, layout: FlatLayout, own: Tensor, *, constructed_in: torch.dtype
+    ) -> None:
+        """Release ``parameter`` into a unit with this rank's slice ``own``."""
+        (bucket,) = layout.buckets
+        flat = FlatParameters(layout, {name: parameter}, shard=self._communicator.rank, master_dtype=unchanged)
+        flat.put_in(bucket, own)
+        part = UnitPart(flat, bucket)
+        part.release()
+        unit = ParameterUnit(0, name, [part], self._communicator)
+        unit.on_touch = self._on_touch
+        unit.constructor = self
+        self._constructed_in[unit] = constructed_in
 
     def _on_touch(self, unit: ParameterUnit, parameter: nn.Parameter, operation: str) -> None:
         self._keep_touched(HELD_WHILE_TOUCHED - 1)
         unit.hold()
         self._touched.append(unit)
+        parameter.data = parameter.data.to(self._constructed_in[unit])
 
+    @torch.no_grad()
     def _keep_touched(self, remaining: int) -> None:
         while len(self._touched) > remaining:
-            unit = self._touched.pop(0)
+            unit = self._touched.popleft()
+            (part,) = unit.parts
             for parameter in unit.parameters():
-                unit.keep(parameter, source=0)
+                self._scatter(parameter, part.flat.layout, part.flat.own_slice(part.bucket))
             unit.let_go()
+
+    @torch.no_grad()
+    def _replicate(self) -> None:
+        """Give all ranks rank 0's values of what stays whole, a broadcast per dtype."""
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter in self._residents:
+            parameter.data = parameter.data.to(self._dtype_of(parameter))
+            by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        for parameters in by_dtype.values():
+            values = torch.cat([p.detach().reshape(-1) for p in parameters])
+            self._communicator.broadcast(values).wait()
+            for parameter, value in zip(parameters, values.split([p.numel() for p in parameters]), strict=True):
+                parameter.copy_(value.view_as(parameter))
+        self._residents.clear()
+
+    def _refuse_touches(self) -> None:
+        self._incomplete.clear()
+        for unit in list(self._constructed_in):
+            unit.refuse_touches()
+
+    def _dtype_of(self, parameter: nn.Parameter) -> torch.dtype:
+        return self._dtype if self._dtype is not None and parameter.is_floating_point() else parameter.dtype
 
 
 class SharderContext:
-    """While it is entered, ``sharder`` hears of every module and parameter that is registered in this process. Inside
-    another one it does nothing: a model has one sharder."""
+    """While it is entered, ``sharder`` hears of every module and parameter that is registered in this process, and tensors
+    are made within ``places``. Inside another one it does nothing: a model has one sharder."""
 
-    def __init__(self, sharder: ModuleSharder):
+    def __init__(self, sharder: ModuleSharder, places: Iterable[AbstractContextManager[object]] = ()):
         self._sharder = sharder
-        self._hooks: list[Any] = []
+        self._places = tuple(places)
+        self._entered = ExitStack()
 
     def __enter__(self) -> None:
-        if not _is_entered():
-            self._hooks = [
-                torch_module.register_module_parameter_registration_hook(self._sharder.parameter_registered),
-                torch_module.register_module_module_registration_hook(self._sharder.module_registered),
-            ]
+        if _is_entered():
+            return
+        sharder = self._sharder
+        for hook in (
+            torch_module.register_module_parameter_registration_hook(sharder.parameter_registered),
+            torch_module.register_module_module_registration_hook(sharder.module_registered),
+        ):
+            self._entered.callback(hook.remove)
+        for place in self._places:
+            self._entered.enter_context(place)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._entered.close()
         if error is None:
             self._sharder.finish()
+        else:
+            self._sharder.abandon()
 
 
 def _is_entered() -> bool:

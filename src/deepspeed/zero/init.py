@@ -24,14 +24,18 @@ class Init:
     """A context in which models are sharded while they are constructed, module by module; all ranks construct the same.
 
     ``module`` is a model that was constructed before: it is sharded at once. ``data_parallel_group`` are the ranks over
-    which to shard, all where None. The precision and ``stage3_param_persistence_threshold`` come from
+    which to shard, all where None. The precision and the stage3_*_persistence_threshold come from
     ``config_dict_or_path`` (or ``config``), which may still hold "auto"; ``dtype`` overrides the precision. ``enabled``
-    False does nothing. Parameters have rank 0's values. Several models may be made in one context; inside
-    another one a context does nothing.
+    False does nothing. Parameters have rank 0's values: those of plain construction, converted to the precision. Tensors
+    are made on the accelerator in use. Several models may be made in one context; inside another one a context does
+    nothing.
 
     ``remote_device`` is None or the device in use; "cpu" beside an accelerator and "nvme" are not built yet and are
     errors. ``pin_memory`` is for "cpu". ``mpu`` names the ranks by ``get_data_parallel_group()`` where
-    ``data_parallel_group`` does not. No linear layer keeps a gathered weight alive, whatever ``mem_efficient_linear`` says.
+    ``data_parallel_group`` does not; ``sequence_data_parallel_group`` is another name for the latter. No linear layer
+    keeps a gathered weight alive, whatever ``mem_efficient_linear`` says. What belongs to ZeRO++
+    (``zero_param_parallel_group``, ``zero_quantized_weights``, ``zero_quantized_nontrainable_weights``) and
+    ``param_swapper`` are not built yet and are errors.
     """
 
     def __init__(
@@ -46,25 +50,36 @@ class Init:
         enabled: bool = True,
         dtype: torch.dtype | None = None,
         mpu: Any = None,
+        zero_param_parallel_group: dist.ProcessGroup | None = None,
+        zero_quantized_weights: bool = False,
+        zero_quantized_nontrainable_weights: bool = False,
+        sequence_data_parallel_group: dist.ProcessGroup | None = None,
+        param_swapper: Any = None,
     ):
         self._context: SharderContext | None = None
         if not enabled:
             return
         _refuse_other_tiers(remote_device, pin_memory)
+        _refuse_unbuilt(
+            zero_param_parallel_group=zero_param_parallel_group,
+            zero_quantized_weights=zero_quantized_weights,
+            zero_quantized_nontrainable_weights=zero_quantized_nontrainable_weights,
+            param_swapper=param_swapper,
+        )
         init_distributed()
-        if data_parallel_group is None and mpu is not None:
-            data_parallel_group = mpu.get_data_parallel_group()
-        communicator = Communicator(data_parallel_group)
+        communicator = Communicator(_group(data_parallel_group, sequence_data_parallel_group, mpu))
         settings = _settings(config_dict_or_path if config_dict_or_path is not None else config, communicator)
         sharder = ModuleSharder(
             communicator,
             dtype=dtype or _dtype(settings),
             resident_numel=settings.zero_optimization.stage3_param_persistence_threshold,
+            resident_total=settings.zero_optimization.stage3_model_persistence_threshold,
         )
         if module is not None:
-            sharder.shard_all(module)
+            sharder.shard(module)
             sharder.finish()
-        self._context = SharderContext(sharder)
+        here = get_accelerator()
+        self._context = SharderContext(sharder, [torch.device(here.current_device_name())] if here.kind != "cpu" else [])
 
     def __enter__(self) -> None:
         if self._context is not None:
@@ -86,6 +101,23 @@ def _settings(source: str | os.PathLike[str] | Mapping[str, Any] | None, communi
 
 def _dtype(config: DeepSpeedConfig) -> torch.dtype | None:
     return torch.float16 if config.fp16.enabled else torch.bfloat16 if config.bf16.enabled else None
+
+
+def _group(given: dist.ProcessGroup | None, other: dist.ProcessGroup | None, mpu: Any) -> dist.ProcessGroup | None:
+    if given is not None and other is not None:
+        raise ValueError(
+            "zero.Init has data_parallel_group and sequence_data_parallel_group, which are names of the same ranks: give one"
+        )
+    if given is None and other is None and mpu is not None:
+        found: dist.ProcessGroup = mpu.get_data_parallel_group()
+        return found
+    return given if given is not None else other
+
+
+def _refuse_unbuilt(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value:
+            raise ValueError(f"zero.Init({name}=...) is not built yet; leave it out")
 
 
 def _refuse_other_tiers(remote_device: str | None, pin_memory: bool) -> None:

@@ -75,6 +75,13 @@ class FlatParameters:
             self._make_views(bucket)
             yield bucket
 
+    def put_in(self, bucket: Bucket, own: Tensor) -> None:
+        """Have ``own`` as this shard's slice of a unit's ``bucket``, the next one. The whole buffer is not filled: the unit
+        is to be released."""
+        self.buffers.append(own.new_empty(bucket.numel) if bucket.shards > 1 else own)
+        self.slices.append(own)
+        self.masters.append(own)
+
     def extend(self, layout: FlatLayout, parameters: Mapping[str, nn.Parameter], communicator: Communicator) -> None:
         """Follow ``layout``, which has ``parameters`` in further buckets, and move these in."""
         self.layout = layout

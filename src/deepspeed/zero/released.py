@@ -2,7 +2,8 @@
 
 While a parameter is released its class is :class:`ReleasedParameter` and its shape ``(0,)``; it is an ordinary
 ``nn.Parameter`` again while it is whole. So computing with a released one can be noticed, at no cost to computing with
-a whole one. What autograd saved of it is noticed by its version: while it is released, that is none that was ever saved.
+a whole one. The same holds for its ``data`` and ``detach()``, which are :class:`ReleasedValues`. What autograd saved of
+it is noticed by its version: while it is released, that is none that was ever saved.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ class Home(Protocol):
     def touched(self, parameter: nn.Parameter, operation: str) -> None:
         """Make ``parameter`` whole, which ``operation`` needs while it is released, or raise."""
 
+    def copied(self, parameter: nn.Parameter) -> nn.Parameter:
+        """A copy of ``parameter``, which is released, or raise."""
+
     def keep(self, parameter: nn.Parameter, *, source: int | None) -> None:
         """Make the values that ``parameter`` has now on rank ``source`` (the same on all ranks where None) the ones that
         the model trains on. Called on all ranks, while the values are held."""
@@ -57,7 +61,7 @@ used, and torch's error tells by the number which parameter it was."""
 HOME = "ds_home"
 """The attribute of a sharded parameter that is its home."""
 
-_COMPUTED = ("H", "T", "data", "imag", "mH", "mT", "real")
+_COMPUTED = ("H", "T", "imag", "mH", "mT", "real")
 """Properties of a tensor that are made of its values."""
 
 _METHODS = (
@@ -84,34 +88,101 @@ HARMLESS = _harmless()
 MOVES = frozenset(getattr(torch.Tensor, name) for name in ("to", "cpu", "cuda", "float", "double", "half", "bfloat16"))
 """What moves or converts a parameter. Where that changes nothing, as in most calls of ``Module.to``, it is harmless."""
 
-SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-"""What ``Module.to`` does with the parameter that it has moved."""
+
+_SIZES = ("__len__", "dim", "ndim", "ndimension", "nelement", "numel", "shape", "size", "stride")
+SIZES = frozenset(getattr(m, "__get__", m) if hasattr(type(m), "__set__") else m for m in (getattr(Tensor, n) for n in _SIZES))
+"""What asks for sizes. A home may have them answered as if the parameter were whole."""
+
+ALIASES = frozenset((Tensor.detach, torch.detach, Tensor.data.__get__))  # type: ignore[attr-defined]
+"""What gives the values of a parameter without its gradient."""
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class ReleasedParameter(nn.Parameter):
     """The class of a parameter while it is released."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy that has no values and no home: an error where it is used."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return super().__deepcopy__(memo)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Let questions about the parameter through; make it whole, or raise, for anything else."""
-        keywords = dict(kwargs or {})
-        if func in MOVES and isinstance(args[0], ReleasedParameter):
-            with torch._C.DisableTorchFunctionSubclass():
-                moved = func(*args, **keywords)
-                if _is_like(args[0], moved):
-                    return moved
-        if func not in HARMLESS and not (func == SET_DATA and _is_like(*args)):
-            for parameter in _released_among([*args, *keywords.values()]):
-                touch(parameter, _name_of(func))
+        return _answer(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """What the home makes of it."""
+        if id(self) not in memo:
+            memo[id(self)] = _home(self, "deepcopy").copied(self)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raise: there are no values to save."""
+        touch(self, "pickle")
+        return self.__reduce_ex__(protocol)
+
+
+class ReleasedValues(Tensor):
+    """What ``data`` and ``detach()`` of a released ``parameter`` give: whoever computes with it gets the values."""
+
+    parameter: nn.Parameter
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Let questions through; put the values in place of this, or raise, for anything else."""
+        return _answer(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the values, where they can be had."""
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Those of the values, where they can be had."""
+        touch(self.parameter, "pickle")
+        return self.parameter.detach().__reduce_ex__(protocol)
+
+
+def _answer(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    subject = args[0] if args else None
+    owner = _owner(subject)
+    if owner is not None and func in SIZES and getattr(home_of(owner), "shows_sizes", False):
+        return func(torch.empty(shape_of(owner), dtype=owner.dtype, device="meta"), *args[1:], **kwargs)
+    if func in MOVES and owner is not None:
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **keywords)
+            moved = func(*args, **kwargs)
+            if (moved.dtype, moved.device) == (owner.dtype, owner.device):
+                return moved
+    elif func in ALIASES and isinstance(subject, ReleasedParameter):
+        with torch._C.DisableTorchFunctionSubclass():
+            alias = func(*args, **kwargs).as_subclass(ReleasedValues)
+        alias.parameter = subject
+        return alias
+    if func not in HARMLESS or (func == _SET_DATA and args[1] is not subject):
+        name = _name_of(func)
+        args, kwargs = _with_values(list(args), name), {key: _with_values(value, name) for key, value in kwargs.items()}
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _with_values(value: Any, operation: str) -> Any:
+    """``value`` with what is released in it made whole for ``operation``."""
+    if isinstance(value, (list, tuple)) and any(isinstance(item, (Tensor, list, tuple)) for item in value):
+        items = [_with_values(item, operation) for item in value]
+        return type(value)(items) if type(value) in (list, tuple) else items
+    owner = _owner(value)
+    if owner is None:
+        return value
+    if isinstance(owner, ReleasedParameter):
+        touch(owner, operation)
+    return value if value is owner else owner.detach()
+
+
+def _owner(value: Any) -> nn.Parameter | None:
+    """The parameter that ``value`` is or belongs to, where it is released or was when ``value`` was made."""
+    if isinstance(value, ReleasedValues):
+        return value.parameter
+    return value if isinstance(value, ReleasedParameter) else None
 
 
 def home_of(parameter: object) -> Home | None:
@@ -122,19 +193,23 @@ def home_of(parameter: object) -> Home | None:
 
 def shape_of(parameter: nn.Parameter) -> torch.Size:
     """The shape that ``parameter`` has when it is whole."""
-    found: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return found
+    found: torch.Size | None = getattr(parameter, "ds_shape", None)
+    return parameter.shape if found is None else found
 
 
 def touch(parameter: nn.Parameter, operation: str) -> None:
     """Make a released ``parameter`` whole for ``operation``. Raises RuntimeError where that is not possible."""
+    _home(parameter, operation).touched(parameter, operation)
+
+
+def _home(parameter: nn.Parameter, operation: str) -> Home:
     home = home_of(parameter)
     if home is None:
         raise RuntimeError(
             f"{operation} was called on a copy of a sharded parameter, which has no values: copy it inside "
             "deepspeed.zero.GatheredParameters"
         )
-    home.touched(parameter, operation)
+    return home
 
 
 def release(parameter: nn.Parameter) -> None:
@@ -143,8 +218,8 @@ def release(parameter: nn.Parameter) -> None:
     if type(parameter) is not ReleasedParameter:
         described["ds_version"] = parameter._version
         _set_version(parameter, RELEASED_VERSION + _identifier(parameter))
-        parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         parameter.__class__ = ReleasedParameter
+    _set_data(parameter, torch.empty(0, dtype=parameter.dtype, device=parameter.device))
     described["ds_status"] = ZeroParamStatus.NOT_AVAILABLE
 
 
@@ -155,7 +230,7 @@ def expose(parameter: nn.Parameter, values: Tensor) -> None:
         parameter.__class__ = nn.Parameter  # type: ignore[assignment]
         _set_version(parameter, described.pop("ds_version"))
         described["ds_status"] = ZeroParamStatus.AVAILABLE
-    parameter.data = values
+    _set_data(parameter, values)
 
 
 def missed_by_autograd(error: BaseException) -> int | None:
@@ -197,20 +272,12 @@ def _set_version(parameter: nn.Parameter, version: int) -> None:
         torch._C._autograd._unsafe_set_version_counter(parameter, version)  # type: ignore[arg-type]
 
 
-def _is_like(parameter: Tensor, other: Tensor) -> bool:
-    """Whether ``other`` has no values either, and the same dtype and device as the released ``parameter``."""
-    return (other.numel(), other.dtype, other.device) == (0, parameter.dtype, parameter.device)
-
-
 def _name_of(function: Any) -> str:
     """The name of an operation, or of the property that an accessor belongs to."""
     accessed = getattr(function, "__self__", function) if function.__name__ in ("__get__", "__set__") else function
     return str(accessed.__name__)
 
 
-def _released_among(values: Sequence[Any]) -> Iterator[ReleasedParameter]:
-    for value in values:
-        if isinstance(value, ReleasedParameter):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _released_among(value)
+def _set_data(parameter: nn.Parameter, values: Tensor) -> None:
+    with torch._C.DisableTorchFunctionSubclass():
+        parameter.data = values

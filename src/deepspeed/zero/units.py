@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,16 @@ from .parameters import FlatParameters
 
 OnTouch = Callable[["ParameterUnit", nn.Parameter, str], None]
 """Makes a released parameter of a unit whole for an operation (its name), or raises."""
+
+
+class Constructor(Protocol):
+    """Constructs the model that a unit belongs to."""
+
+    def copied(self, unit: ParameterUnit, parameter: nn.Parameter) -> nn.Parameter:
+        """A copy of a released ``parameter`` of ``unit``, released too."""
+
+    def settle(self) -> None:
+        """Wait until all slices have arrived that units were given."""
 
 
 class UnitState(Enum):
@@ -85,6 +95,7 @@ class ParameterUnit:
         self.state = UnitState.SHARDED
         self.holds = 0
         self.on_touch: OnTouch = refuse
+        self.constructor: Constructor | None = None
         self._communicator = communicator
         self._pending: list[Pending] = []
         for part in parts:
@@ -99,6 +110,8 @@ class ParameterUnit:
     def start_fetch(self) -> None:
         """Begin to gather the unit, if nobody has. All ranks do so in the same order."""
         if self.state is UnitState.SHARDED:
+            if self.constructor is not None:
+                self.constructor.settle()
             with torch.no_grad():
                 self._pending = [part.start_fetch(self._communicator, tag=1 + self.index) for part in self.parts]
             self.state = UnitState.FETCHING
@@ -137,6 +150,18 @@ class ParameterUnit:
         """Make the unit whole for ``operation``, or raise."""
         self.on_touch(self, parameter, operation)
 
+    @property
+    def shows_sizes(self) -> bool:
+        """Whether released parameters have their own shapes, for who asks: the model is being constructed."""
+        return self.constructor is not None
+
+    def copied(self, parameter: nn.Parameter) -> nn.Parameter:
+        """A copy of ``parameter``: released too while the model is constructed; else whole, or raise."""
+        if self.constructor is not None:
+            return self.constructor.copied(self, parameter)
+        self.touched(parameter, "deepcopy")
+        return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+
     def keep(self, parameter: nn.Parameter, *, source: int | None) -> None:
         """Take this rank's part of the values that ``parameter`` has now into the slices and masters."""
         part = next(part for part in self.parts if any(mine is parameter for mine, _ in part.views))
@@ -153,6 +178,7 @@ class ParameterUnit:
     def refuse_touches(self) -> None:
         """From now on, computing with a parameter while it is released is an error."""
         self.on_touch = refuse
+        self.constructor = None
 
     def describe(self, parameter: nn.Parameter) -> str:
         """The parameter's name in the model and its shape."""
@@ -187,6 +213,10 @@ class Replica:
 
     def touched(self, parameter: nn.Parameter, operation: str) -> None:
         """Never called: the parameter is not released."""
+
+    def copied(self, parameter: nn.Parameter) -> nn.Parameter:
+        """A whole copy. Never called: the parameter is not released."""
+        return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
     def keep(self, parameter: nn.Parameter, *, source: int | None) -> None:
         """Give all ranks rank ``source``'s values."""
