@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
+import deepspeed
 from deepspeed.utils.zero_to_fp32 import load_state_dict_from_zero_checkpoint
 
 from .common import assert_same, each_stage, isolated, language_model, weights
@@ -105,8 +106,9 @@ def filled_from_a_checkpoint(folder: str, stage: int) -> bool:
     trainer = make_trainer(folder, deepspeed=auto_config(stage), save_strategy="steps", save_steps=6)
     trainer.train()
     trained = weights(trainer.model)
-    for parameter in trainer.model.parameters():
-        parameter.data.zero_()
+    with deepspeed.zero.GatheredParameters(trainer.model, modifier_rank=0):
+        for parameter in trainer.model.parameters():
+            parameter.data.zero_()
     model = load_state_dict_from_zero_checkpoint(trainer.model, f"{folder}/checkpoint-6")
     return all(torch.equal(value, trained[name]) for name, value in weights(model).items())
 

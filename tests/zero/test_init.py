@@ -60,7 +60,7 @@ def constructed() -> tuple[dict[str, Tensor], list[int], int, bool]:
     rank = torch.distributed.get_rank()
     with deepspeed.zero.Init(config_dict_or_path=CONFIG):
         model = plain(rank)
-    sizes = [p.numel() for p in model.parameters()]
+    sizes = [p.ds_numel for p in model.parameters() if p.ds_status is deepspeed.zero.ZeroParamStatus.AVAILABLE]
     hooks = len(torch_module._global_parameter_registration_hooks) + len(torch_module._global_module_registration_hooks)
     return state_of(model), sizes, hooks, model.leave.weight is model.enter.weight
 

@@ -5,8 +5,9 @@ then the submodule is complete, its initialization included. So is one that othe
 is waiting to register. What is in no module (the outermost one's own parameters) is sharded at the end of the context.
 
 Code that initializes weights afterwards works: a parameter that is touched is gathered, in the dtype that it was
-constructed in, and what was written on rank 0 is everyone's when others are touched, or at the end. Until then a released
-parameter answers questions about its shape as if it were whole, and a copy of it is a released one too.
+constructed in, and what was written on rank 0 is everyone's when others are touched, or at the end. Until then a copy of
+a released parameter is a released one too. Asked for its shape, a parameter answers as if it were whole until an engine
+takes it over: small ones are whole, and code compares the shape of one with that of another.
 """
 
 from __future__ import annotations
@@ -159,6 +160,7 @@ class ModuleSharder:
         unit = ParameterUnit(0, name, [part], self._communicator)
         unit.on_touch = self._on_touch
         unit.constructor = self
+        unit.shows_sizes = True
         self._constructed_in[unit] = constructed_in
 
     def _on_touch(self, unit: ParameterUnit, parameter: nn.Parameter, operation: str) -> None:

@@ -86,7 +86,8 @@ HARMLESS = _harmless()
 
 
 MOVES = frozenset(getattr(torch.Tensor, name) for name in ("to", "cpu", "cuda", "float", "double", "half", "bfloat16"))
-"""What moves or converts a parameter. Where that changes nothing, as in most calls of ``Module.to``, it is harmless."""
+"""What moves or converts a parameter. Where that changes nothing, as in most calls of ``Module.to``, it is harmless; so is
+padding by nothing, which Transformers does to tie biases."""
 
 
 _SIZES = ("__len__", "dim", "ndim", "ndimension", "nelement", "numel", "shape", "size", "stride")
@@ -148,6 +149,8 @@ def _answer(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     owner = _owner(subject)
     if owner is not None and func in SIZES and getattr(home_of(owner), "shows_sizes", False):
         return func(torch.empty(shape_of(owner), dtype=owner.dtype, device="meta"), *args[1:], **kwargs)
+    if func is nn.functional.pad and owner is not None and not any(args[1]):
+        return subject
     if func in MOVES and owner is not None:
         with torch._C.DisableTorchFunctionSubclass():
             moved = func(*args, **kwargs)
@@ -158,7 +161,7 @@ def _answer(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
             alias = func(*args, **kwargs).as_subclass(ReleasedValues)
         alias.parameter = subject
         return alias
-    if func not in HARMLESS or (func == _SET_DATA and args[1] is not subject):
+    if func not in HARMLESS or (func == _SET_DATA and _owner(args[1]) is not subject):
         name = _name_of(func)
         args, kwargs = _with_values(list(args), name), {key: _with_values(value, name) for key, value in kwargs.items()}
     with torch._C.DisableTorchFunctionSubclass():

@@ -85,7 +85,8 @@ class UnitPart:
 
 class ParameterUnit:
     """The parameters of ``parts``, which come released: all sharded or all whole. ``holds`` counts who needs it whole
-    now; ``on_touch`` is called for a parameter that is computed with while it is released."""
+    now; ``on_touch`` is called for a parameter that is computed with while it is released. Released parameters have the
+    shape (0,) where ``shows_sizes`` is False, and else their own, for who asks."""
 
     def __init__(self, index: int, name: str, parts: Sequence[UnitPart], communicator: Communicator):
         self.index = index
@@ -96,6 +97,7 @@ class ParameterUnit:
         self.holds = 0
         self.on_touch: OnTouch = refuse
         self.constructor: Constructor | None = None
+        self.shows_sizes = False
         self._communicator = communicator
         self._pending: list[Pending] = []
         for part in parts:
@@ -149,11 +151,6 @@ class ParameterUnit:
     def touched(self, parameter: nn.Parameter, operation: str) -> None:
         """Make the unit whole for ``operation``, or raise."""
         self.on_touch(self, parameter, operation)
-
-    @property
-    def shows_sizes(self) -> bool:
-        """Whether released parameters have their own shapes, for who asks: the model is being constructed."""
-        return self.constructor is not None
 
     def copied(self, parameter: nn.Parameter) -> nn.Parameter:
         """A copy of ``parameter``: released too while the model is constructed; else whole, or raise."""
