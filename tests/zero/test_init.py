@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 import deepspeed
+from deepspeed.comm.communicator import Communicator
+from deepspeed.zero.construction import ModuleSharder, SharderContext
 from tests.parity import sgd, state_of
 
 CONFIG = {
@@ -110,12 +114,23 @@ def test_nested_contexts_several_models_and_models_made_before_take_the_configur
     assert ranks(2, narrow) == [({torch.bfloat16}, True)] * 2
 
 
+REFUSED: list[dict[str, Any]] = [
+    {"remote_device": "nvme"},
+    {"pin_memory": True},
+    {"zero_quantized_weights": True},
+    {"zero_quantized_nontrainable_weights": True},
+    {"zero_param_parallel_group": "a group"},
+    {"param_swapper": "a swapper"},
+]
+
+
 def refused() -> list[str]:
     found = []
-    for arguments in ({"remote_device": "nvme"}, {"pin_memory": True}):
+    for arguments in REFUSED:
         with pytest.raises(ValueError) as caught:
             deepspeed.zero.Init(config_dict_or_path=CONFIG, **arguments)
         found.append(str(caught.value))
+        assert deepspeed.zero.Init(enabled=False, **arguments) is not None
     with pytest.raises(KeyError), deepspeed.zero.Init(config_dict_or_path=CONFIG):
         raise KeyError("the user's")
     assert not torch_module._global_module_registration_hooks
@@ -123,6 +138,51 @@ def refused() -> list[str]:
 
 
 def test_what_is_not_built_is_refused_and_an_exception_leaves_torch_as_it_was(ranks):
-    for nvme, pinned in ranks(2, refused):
+    for nvme, pinned, *others in ranks(2, refused):
         assert "remote_device='nvme'" in nvme and "not built yet" in nvme
         assert "pin_memory=True" in pinned
+        for arguments, message in zip(REFUSED[2:], others, strict=True):
+            assert next(iter(arguments)) in message and "not built yet" in message
+
+
+class Grid:
+    """A user's ``mpu``."""
+
+    def __init__(self, group: Any):
+        self.group = group
+
+    def get_data_parallel_group(self) -> Any:
+        return self.group
+
+
+def grouped() -> list[tuple[int, bool]]:
+    rank = torch.distributed.get_rank()
+    groups = [torch.distributed.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    mine = groups[rank // 2]
+    found = []
+    for arguments in ({"data_parallel_group": mine}, {"sequence_data_parallel_group": mine}, {"mpu": Grid(mine)}, {}):
+        with deepspeed.zero.Init(config_dict_or_path=CONFIG, **arguments):
+            model = plain(rank // 2)
+        expected = plain(0 if not arguments else rank // 2).state_dict()
+        same = all(torch.equal(value, expected[name]) for name, value in state_of(model).items())
+        found.append((model.enter.weight.partition_numel(), same))
+    with pytest.raises(ValueError, match="give one"):
+        deepspeed.zero.Init(data_parallel_group=mine, sequence_data_parallel_group=mine)
+    return found
+
+
+def test_a_model_is_sharded_over_the_given_group(ranks):
+    assert ranks(4, grouped) == [[(18, True), (18, True), (18, True), (9, True)]] * 4
+
+
+def test_tensors_are_made_on_the_accelerator_in_use(ranks):
+    assert ranks(1, placed) == [("meta", "cpu", 0)]
+
+
+def placed() -> tuple[str, str, int]:
+    sharder = ModuleSharder(Communicator(), dtype=None, resident_numel=0, resident_total=0)
+    with SharderContext(sharder, [torch.device("meta")]):
+        inside = torch.empty(3).device.type
+        with pytest.raises(KeyError), SharderContext(sharder):
+            raise KeyError
+    return inside, torch.empty(3).device.type, len(torch_module._global_module_registration_hooks)
