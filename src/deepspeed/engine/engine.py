@@ -327,11 +327,14 @@ class DeepSpeedEngine(EngineInformation):
 
     def destroy(self) -> None:
         """Take the engine's hooks off the module and free gradients and optimizer states. The module keeps its
-        parameters and may be given to ``initialize`` again; this engine trains no more."""
+        parameters, at stage 3 in shards as ``zero.Init`` leaves them: they are whole inside ``zero.GatheredParameters``, and
+        the module may be given to ``initialize`` again. This engine trains no more. Called on all ranks."""
+        if self._destroyed:
+            return
+        self._destroyed = True
         if self.optimizer is not None:
             self.optimizer.close()
         self.sharded_model.close()
-        self._destroyed = True
         self._instruments.close()
         self._parts.monitor.close()
         self._batches = None

@@ -96,7 +96,7 @@ class FlatParameters:
         homes = {id(home): home for p in parameters if (home := released.home_of(p)) is not None}
         for home in homes.values():
             home.hold()
-        same_everywhere = all(released.home_of(p) is not None for p in parameters)
+        same_everywhere = all((home := released.home_of(p)) is not None and home.ranks_agree for p in parameters)
         for parameter, place in zip(parameters, bucket.placements, strict=True):
             wide[place.start : place.stop].view(place.spec.shape).copy_(parameter.detach())
             if (home := released.home_of(parameter)) is not None:
@@ -105,6 +105,14 @@ class FlatParameters:
             home.let_go()
         if not same_everywhere:
             communicator.broadcast(wide).wait()
+
+    def drop_masters(self) -> None:
+        """Keep the values in the model's dtype alone."""
+        self.masters = list(self.slices)
+
+    def drop(self, bucket: Bucket) -> None:
+        """Free the slice of a unit's ``bucket``, whose parameters have all left."""
+        self.slices[bucket.index] = self.masters[bucket.index] = self.slices[bucket.index].new_empty(0)
 
     def own_slice(self, bucket: Bucket) -> Tensor:
         """This shard's slice of the bucket, in the model's dtype."""

@@ -31,6 +31,9 @@ class ZeroParamStatus(Enum):
 class Home(Protocol):
     """Where a sharded parameter's values come from: its unit, or the flat parameters of which it is a resident."""
 
+    ranks_agree: bool
+    """Whether all ranks certainly have the same values: each rank may have written its own into what is never released."""
+
     def hold(self) -> None:
         """Make the values be here until ``let_go``. Called on all ranks."""
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..comm.communicator import Communicator
 from ..memory.layout import FlatLayout, ParameterSpec
 from ..optim.segments import FlatShard
+from . import released
 from .fetching import FetchLimits, UnitFetcher
 from .parameters import FlatParameters, unchanged
 from .plan import UnitPlan
@@ -67,6 +68,7 @@ class ShardedModel:
     trained: FlatParameters
     frozen: FlatParameters
     scopes: ModuleScopes
+    communicator: Communicator
     fetching: Communicator
 
     @property
@@ -76,14 +78,21 @@ class ShardedModel:
         return tuple(FlatShard(flat.own_slice(bucket), bucket, flat.shard) for bucket in flat.layout.buckets)
 
     def close(self) -> None:
-        """Leave every parameter whole and ordinary, without hooks."""
+        """Take the hooks off the modules and free the masters. What units sharded stays so, as ``zero.Init`` leaves it;
+        the other parameters stay whole. Called on all ranks."""
+        self.scopes.settle()
         self.scopes.close()
         for unit in self.scopes.fetcher.units:
-            unit.close()
+            unit.retire(self.communicator)
+        for flat in (self.trained, self.frozen):
+            flat.drop_masters()
         for parameter in self.module.parameters():
-            if (home := home_of(parameter)) is not None:
+            home = home_of(parameter)
+            if isinstance(home, Resident):
                 home.give_up(parameter)
-        self.fetching.close()
+                Replica(parameter, self.communicator)
+        if self.fetching is not self.communicator:
+            self.fetching.close()
 
 
 def move_in(
@@ -96,6 +105,9 @@ def move_in(
     each other may differ between ranks.
     """
     named = dict(module.named_parameters())
+    for name, parameter in named.items():
+        if name not in layout.trained.homes and name not in layout.frozen.homes:
+            _make_whole(parameter)
     parts: dict[int, list[UnitPart]] = {index: [] for index in range(len(layout.plan.names))}
     shard = communicator.rank if layout.trained.shards > 1 else 0
     trained = FlatParameters(layout.trained, _of(layout.trained, named), shard=shard)
@@ -116,7 +128,18 @@ def move_in(
     needs = {modules[name]: [units[index] for index in indices] for name, indices in layout.plan.needs.items()}
     scopes = ModuleScopes(UnitFetcher(units, limits), needs)
     trained.settle = scopes.settle
-    return ShardedModel(module, trained, frozen, scopes, fetching)
+    return ShardedModel(module, trained, frozen, scopes, communicator, fetching)
+
+
+def _make_whole(parameter: nn.Parameter) -> None:
+    """Take ``parameter`` from its home, where it has one."""
+    home = home_of(parameter)
+    if home is not None:
+        home.hold()
+        values = parameter.detach().clone()
+        home.give_up(parameter)
+        home.let_go()
+        released.expose(parameter, values)
 
 
 def _replicate(parameters: Iterable[nn.Parameter], communicator: Communicator) -> None:

@@ -88,6 +88,8 @@ class ParameterUnit:
     now; ``on_touch`` is called for a parameter that is computed with while it is released. Released parameters have the
     shape (0,) where ``shows_sizes`` is False, and else their own, for who asks."""
 
+    ranks_agree = True
+
     def __init__(self, index: int, name: str, parts: Sequence[UnitPart], communicator: Communicator):
         self.index = index
         self.name = name
@@ -170,6 +172,8 @@ class ParameterUnit:
         """Leave ``parameter``, with the values that it has now, to another home."""
         for part in self.parts:
             part.views = [view for view in part.views if view[0] is not parameter]
+            if not part.views:
+                part.flat.drop(part.bucket)
         released.forget(parameter)
 
     def refuse_touches(self) -> None:
@@ -183,11 +187,13 @@ class ParameterUnit:
         name = next(name for name, mine in named if mine is parameter)
         return f"'{name}' {tuple(released.shape_of(parameter))}"
 
-    def close(self) -> None:
-        """Leave the parameters whole and ordinary."""
-        self.finish_fetch()
-        for parameter in list(self.parameters()):
-            self.give_up(parameter)
+    def retire(self, communicator: Communicator) -> None:
+        """Leave the parameters sharded, as ``zero.Init`` does: no modules fetch them any more, ``communicator`` gathers."""
+        if not self.holds:
+            self.release()
+        self._communicator = communicator
+        self.refuse_touches()
+        self.shows_sizes = True
 
     def _wait(self) -> None:
         for pending in self._pending:
@@ -197,6 +203,8 @@ class ParameterUnit:
 
 class Replica:
     """The home of a parameter that is whole on every rank, outside the buckets of an optimizer."""
+
+    ranks_agree = False
 
     def __init__(self, parameter: nn.Parameter, communicator: Communicator):
         self._communicator = communicator
