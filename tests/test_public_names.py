@@ -84,6 +84,7 @@ NAMES: dict[str, list[str]] = {
     "runtime.utils": ["move_to_device", "see_memory_usage"],
     "runtime.zero": [
         *["GatheredParameters", "Init", "ZeroParamStatus", "config", "partition_parameters", "stage3", "stage_1_and_2"],
+        "tiling",
     ],
     "runtime.zero.partition_parameters": [
         *["GatheredParameters", "Init", "ZeroParamStatus", "_orig_torch_arange", "get_accelerator"],
@@ -94,6 +95,7 @@ NAMES: dict[str, list[str]] = {
     ],
     "runtime.zero.stage3": estimators(3),
     "runtime.zero.stage_1_and_2": ["DeepSpeedZeroOptimizer", *estimators(2)],
+    "runtime.zero.tiling": ["TiledLinear", "TiledLinearReturnBias"],
     "utils": [
         *[*SAFE, "RepeatingLoader", "groups", "log_dist", "logger", "logging", "safe_update_full_grad_vectorized"],
         *["get_z3_leaf_modules", "set_z3_leaf_module", "set_z3_leaf_modules", "set_z3_leaf_modules_by_name"],
@@ -104,6 +106,10 @@ NAMES: dict[str, list[str]] = {
         *[f"_get_sequence_parallel_{what}" for what in ("rank", "world_size")],
     ],
     "utils.logging": ["log_dist", "logger"],
+    "zero": [
+        *["GatheredParameters", "Init", "TiledLinear", "ZeroParamStatus", "register_external_parameter"],
+        "unregister_external_parameter",
+    ],
     "utils.zero_to_fp32": [
         *["convert_zero_checkpoint_to_fp32_state_dict", "get_fp32_state_dict_from_zero_checkpoint"],
         *["get_model_state_file", "get_optim_files", "load_state_dict_from_zero_checkpoint", "main"],

@@ -93,7 +93,7 @@ def test_functions_have_few_parameters() -> None:
 
 
 def _is_documented(place: str) -> bool:
-    return place.startswith(("optim/", "memory/estimate", "zero/init"))
+    return place.startswith(("optim/", "memory/estimate", "zero/init", "zero/tiling"))
 
 
 def test_classes_are_small() -> None:

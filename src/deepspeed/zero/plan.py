@@ -2,7 +2,8 @@
 
 A unit is a block: a child of a container (``ModuleList``, ``Sequential``, ``ModuleDict``) that has another child of the
 same class, with everything inside it. What is in no block is cut at modules: each one's own parameters are a unit. Ranks
-may take different branches inside a unit, since all of it is gathered when it begins.
+may take different branches inside a unit, since all of it is gathered when it begins. A block with a ``TiledLinear`` is
+cut into modules as well: its tiles are there to be gathered one by one.
 
 Small parameters belong to no unit: they stay whole on every rank.
 """
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
+
+from .tiling import TiledLinear
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -89,7 +92,8 @@ def _cuts(
     inside = list(module.parameters())
     numel = sum(numel_of(p) for p in inside)
     is_fine = numel < limits.granularity * len(list(module.modules()))
-    if limits.is_leaf(name, module) or is_fine or (in_block and numel <= limits.largest):
+    is_tiled = any(isinstance(inner, TiledLinear) for inner in module.modules())
+    if limits.is_leaf(name, module) or is_fine or (in_block and numel <= limits.largest and not is_tiled):
         yield name, inside, True
         return
     own = list(module.parameters(recurse=False))

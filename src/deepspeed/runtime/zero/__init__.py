@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from ...zero import GatheredParameters, Init, ZeroParamStatus
-from . import config, partition_parameters, stage3, stage_1_and_2
+from . import config, partition_parameters, stage3, stage_1_and_2, tiling
 
-__all__ = ["GatheredParameters", "Init", "ZeroParamStatus", "config", "partition_parameters", "stage3", "stage_1_and_2"]
+__all__ = [
+    "GatheredParameters",
+    "Init",
+    "ZeroParamStatus",
+    "config",
+    "partition_parameters",
+    "stage3",
+    "stage_1_and_2",
+    "tiling",
+]
