@@ -90,7 +90,7 @@ def live_at_each_point(threshold: int) -> tuple[int, list[int]]:
     with torch.no_grad():
         engine(x)
     # The last unit of forward is expected to be the first of backward.
-    assert memory_of(engine) == ["SHARDED"] * (COUNT - 1) + ["WHOLE"]
+    assert memory_of(engine) == ["SHARDED"] * (COUNT - 1) + ["FETCHED"]
     loss = engine(x).square().mean()
     assert memory_of(engine)[:-1] == ["SHARDED"] * (COUNT - 1)
     engine.backward(loss)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import deepspeed
-from tests.parity import Training, assert_parity, generator
+from tests.parity import Training, assert_parity, generator, make_engine
 
 WIDTH = 12
 
@@ -467,9 +467,7 @@ def a_forward_of_no_consequence(model: nn.Module, index: int, backward) -> None:
     squared_output(model, index, backward)
 
 
-@pytest.mark.parametrize(
-    "micro_step", [several_forwards, one_graph_twice, an_older_graph_first, a_forward_of_no_consequence]
-)
+@pytest.mark.parametrize("micro_step", [several_forwards, one_graph_twice, an_older_graph_first, a_forward_of_no_consequence])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_forwards_and_backwards_in_many_orders(ranks, micro_step, accumulation):
     assert_stage_3_parity(ranks, Stack, micro_step, accumulation=accumulation)
@@ -538,3 +536,101 @@ class WithFunction(Block):
 
 def test_a_function_differentiates_in_its_backward(ranks):
     assert_stage_3_parity(ranks, partial(Stack, WithFunction))
+
+
+class Tiled(torch.autograd.Function):
+    """Runs a module on the rows of its input one by one, forward, and again in backward."""
+
+    @staticmethod
+    def forward(ctx, module, x):
+        ctx.module = module
+        ctx.save_for_backward(x)
+        return torch.cat([module(row) for row in x.split(1)])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        rows = [row.detach().requires_grad_() for row in x.split(1)]
+        for row, part in zip(rows, gradient.split(1), strict=True):
+            with torch.enable_grad():
+                torch.autograd.backward(ctx.module(row), part)
+        return None, torch.cat([row.grad for row in rows])
+
+
+class OfTiles(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        for block in self.blocks:
+            x = Tiled.apply(block, x)
+        return self.leave(x)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_block_is_differentiated_tile_by_tile(ranks, accumulation):
+    training = Training(OfTiles, squared_output, accumulation=accumulation)
+    plain = Training(Stack, squared_output, accumulation=accumulation)
+    assert_parity(ranks, training, plain=plain, stages=(3,))
+
+
+class OutsideInCheckpoint(Stack):
+    """A function of the model, recomputed, uses weights of its modules."""
+
+    def __init__(self, use_reentrant: bool | None) -> None:
+        super().__init__()
+        self.use_reentrant = use_reentrant
+
+    def mixed(self, x: Tensor) -> Tensor:
+        return torch.tanh(functional.linear(x, self.enter.weight) * self.blocks[0].scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        if self.use_reentrant is None:
+            return self.leave(self.blocks[1](self.mixed(x)))
+        return self.leave(self.blocks[1](checkpoint(self.mixed, x, use_reentrant=self.use_reentrant)))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_recomputed_function_uses_parameters_outside_their_modules(ranks, use_reentrant):
+    plain = Training(partial(OutsideInCheckpoint, None), squared_output)
+    training = Training(partial(OutsideInCheckpoint, use_reentrant), squared_output)
+    assert_parity(ranks, training, plain=plain, stages=(3,))
+
+
+class EncoderDecoder(nn.Module):
+    """Every decoder block sees the encoder's output, whose gradient is there when all of them are done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList([Block() for _ in range(2)])
+        self.decoder = nn.ModuleList([Attending() for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = memory = self.encoder[1](self.encoder[0](x))
+        for block in self.decoder:
+            y = block(y, memory)
+        return y
+
+
+class Attending(Block):
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return super().forward(x) + torch.softmax(x @ memory.t(), -1) @ memory
+
+
+def test_blocks_share_an_input(ranks):
+    assert_stage_3_parity(ranks, EncoderDecoder)
+
+
+def most_live(model) -> int:
+    config = {"zero_optimization": {"stage3_prefetch_bucket_size": 0, "reduce_bucket_size": 0}}
+    engine = make_engine(Training(model, squared_output, config=config), 3)
+    for step in range(2):
+        squared_output(engine, step, engine.backward)
+        engine.step()
+    fetcher = engine.sharded_model.scopes.fetcher
+    return round(fetcher.most_live_numel / max(unit.numel for unit in fetcher.units))
+
+
+@pytest.mark.parametrize("model", [Stack, EncoderDecoder, partial(Checkpointed, False, 1), partial(Checkpointed, True, 1)])
+def test_one_block_is_whole_at_a_time(ranks, model):
+    # Backward comes to a block before it has left the next: two for a moment.
+    assert max(ranks(2, most_live, model)) <= 2

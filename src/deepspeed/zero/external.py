@@ -6,7 +6,7 @@ Registering it says so beforehand, so that it is fetched with the module's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -26,7 +26,7 @@ def unregister_external_parameter(module: nn.Module, parameter: nn.Parameter) ->
         raise ValueError(f"the parameter was not registered as external to this {type(module).__name__}")
 
 
-def external_parameters(module: nn.Module) -> Iterable[nn.Parameter]:
+def external_parameters(module: nn.Module) -> Collection[nn.Parameter]:
     """The parameters that were registered as external to ``module``."""
     return _EXTERNAL.get(module, {}).values()
 

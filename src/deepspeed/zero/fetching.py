@@ -1,7 +1,7 @@
 """Which units are whole when: fetched when a module needs them, fetched ahead where the order is known, released behind.
 
 A unit is *held* while a module that needs it runs forward, or while its part of backward runs. What is held is whole.
-What nobody holds is released, unless it is expected again at once, or was fetched ahead for what is expected.
+What nobody holds is released, unless it is expected again soon, or was fetched ahead for what is expected.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class UnitFetcher:
             unit.finish_fetch()
 
     def let_go(self, units: Iterable[ParameterUnit]) -> None:
-        """Take back a ``hold``; what nobody holds any more is released."""
+        """Take back a ``hold``; what nobody holds any more is released, or set aside where it is expected."""
         for unit in units:
             unit.holds -= 1
-            if not unit.holds and not self._is_expected(unit):
-                unit.release()
+            if not unit.holds:
+                unit.set_aside() if self._is_expected(unit) else unit.release()
 
     def end_backward(self) -> None:
         """Release what nobody holds: its values are about to change."""

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NoReturn
 
 import torch
@@ -110,11 +111,11 @@ class ModuleScopes:
     def _attach(self, scope: _Scope) -> Iterator[Any]:
         # A copy of the module has these hooks too, and parameters of its own.
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module is scope.module:
+            if module is scope.module and not self._is_within(scope):
                 self._enter(scope, [args, kwargs])
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            # Called too where another hook raised before ours has begun.
+            # Called too for modules that run within others, and where another hook raised before ours has begun.
             running = bool(self._running) and self._running[-1].scope.module is module
             return self._leave(output) if running else None
 
@@ -125,7 +126,7 @@ class ModuleScopes:
     def _enter(self, scope: _Scope, arguments: Any) -> None:
         units = [*scope.units, *_external_units(scope)]
         call = _Call(scope, units)
-        if torch.is_grad_enabled() and not self._is_within(units):
+        if torch.is_grad_enabled():
             call.backward = _Backward(self, call.units)
             _when_backward_has_passed(differentiable(arguments), call.backward.leave)
         self._running.append(call)
@@ -143,10 +144,14 @@ class ModuleScopes:
         self.fetcher.let_go(call.units)
         return output
 
-    def _is_within(self, units: Sequence[ParameterUnit]) -> bool:
-        """Whether a module that runs has ``units`` among its own, so that its backward is theirs."""
-        covered = {unit.index for call in self._running if call.backward is not None for unit in call.units}
-        return bool(covered) and all(unit.index in covered for unit in units)
+    def _is_within(self, scope: _Scope) -> bool:
+        """Whether a module that runs has the units of ``scope`` among its own, forward and backward."""
+        if external_parameters(scope.module):
+            return False
+        differentiated = torch.is_grad_enabled()
+        return any(
+            call.covers(scope.units) for call in reversed(self._running) if call.backward is not None or not differentiated
+        )
 
     def _on_touch(self, unit: ParameterUnit, parameter: nn.Parameter, operation: str) -> None:
         """A parameter is used outside its module: its unit joins the needs of the module that runs."""
@@ -177,10 +182,11 @@ class _Scope:
 
     def kept(self) -> list[Any]:
         """What a forward may leave behind as attributes, as losses are."""
-        return [value for module in self.inner for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
+        return [value for module in self.inner for value in islice(vars(module).values(), _OF_EVERY_MODULE, None)]
 
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_OF_EVERY_MODULE = len(vars(nn.Module()))
+"""How many attributes a module has before it is given its own."""
 
 
 def _scopes(needs: Mapping[nn.Module, Sequence[ParameterUnit]]) -> Iterator[_Scope]:
@@ -198,6 +204,10 @@ class _Call:
     units: list[ParameterUnit]
     backward: _Backward | None = None
     first_node: int = field(default_factory=next_node)
+
+    def covers(self, units: Sequence[ParameterUnit]) -> bool:
+        """Whether this call has units, and all of ``units`` among them."""
+        return bool(self.units) and all(unit in self.units for unit in units)
 
 
 class _Backward:
@@ -238,10 +248,11 @@ def _passing(output: Any) -> Any:
     return (_passing(output[0]), *output[1:]) if type(output) is tuple and output else output
 
 
-def _not_compiled(hook: Callable[..., None]) -> Callable[..., None]:
-    """``hook`` as it is: torch.compile does not look into it."""
-    disabled: Callable[..., None] = torch.compiler.disable(hook)
-    return disabled
+def _not_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """``hook`` as it is: torch.compile does not look into it. Its way around costs as much as the hook, so it is taken
+    only where torch compiles."""
+    hidden = torch.compiler.disable(hook)
+    return lambda *args: (hidden if torch.compiler.is_compiling() else hook)(*args)
 
 
 def _in_backward() -> bool:

@@ -42,8 +42,8 @@ class UnitState(Enum):
     """Where a unit's values are, and what they cost this rank."""
 
     SHARDED = "bytes / ranks: the own slices"
-    FETCHING = "bytes on top of that, being filled"
-    WHOLE = "bytes on top of that"
+    FETCHED = "bytes on top of that, being filled or kept for later; not the parameters' memory"
+    WHOLE = "bytes on top of that, the parameters' memory"
 
 
 class UnitPart:
@@ -75,10 +75,14 @@ class UnitPart:
         for parameter, view in self.views:
             released.expose(parameter, view)
 
-    def release(self) -> None:
-        """Take the memory from the parameters and free it."""
+    def conceal(self) -> None:
+        """Take the memory from the parameters."""
         for parameter, _ in self.views:
             released.release(parameter)
+
+    def release(self) -> None:
+        """Take the memory from the parameters and free it."""
+        self.conceal()
         if self.bucket.shards > 1:
             self.whole.untyped_storage().resize_(0)
 
@@ -118,16 +122,23 @@ class ParameterUnit:
                 self.constructor.settle()
             with torch.no_grad():
                 self._pending = [part.start_fetch(self._communicator, tag=1 + self.index) for part in self.parts]
-            self.state = UnitState.FETCHING
+            self.state = UnitState.FETCHED
 
     def finish_fetch(self) -> None:
         """Make the unit whole."""
         self.start_fetch()
-        if self.state is UnitState.FETCHING:
+        if self.state is UnitState.FETCHED:
             self._wait()
             for part in self.parts:
                 part.expose()
             self.state = UnitState.WHOLE
+
+    def set_aside(self) -> None:
+        """Keep a whole unit's memory for the next fetch. The parameters are released: who computes with one is noticed."""
+        if self.state is UnitState.WHOLE:
+            for part in self.parts:
+                part.conceal()
+            self.state = UnitState.FETCHED
 
     def release(self) -> None:
         """Free the whole buffers; what was changed in them is lost unless it was kept."""
