@@ -65,6 +65,8 @@ def initialize(
         what="reading the configuration",
         error=ConfigError,
     )
+    if settings.zero_optimization.enable_sanity_checks:
+        communicator = communicator.checked()
     _announce(settings, communicator)
     if settings.gives("activation_checkpointing"):
         checkpointing.configure(None, deepspeed_config=settings)

@@ -18,7 +18,6 @@ SWITCHED_ON: dict[str, dict[str, Any]] = {
     "zero_optimization.zero_hpz_partition_size": {"zero_optimization": {"zero_hpz_partition_size": 8}},
     "zero_optimization.mics_shard_size": {"zero_optimization": {"mics_shard_size": 8}},
     "zero_optimization.zenflow": {"zero_optimization": {"zenflow": {}}},
-    "zero_optimization.enable_sanity_checks": {"zero_optimization": {"enable_sanity_checks": True}},
     "zero_optimization.ignore_unused_parameters": {"zero_optimization": {"ignore_unused_parameters": False}},
     "zero_optimization.load_from_fp32_weights": {"zero_optimization": {"load_from_fp32_weights": False}},
     "zero_optimization.save_muon_momentum_buffer_in_memory": {

@@ -23,7 +23,8 @@ def on_all_ranks(
         result = action()
     except Exception as found:
         failure = found
-    reasons = communicator.gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
+    reason = None if failure is None else f"{type(failure).__name__}: {failure}"
+    reasons = communicator.gather_objects(reason, purpose=f"agreement on {what}")
     if failure is not None:
         raise failure
     for rank, reason in enumerate(reasons):

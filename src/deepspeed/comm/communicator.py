@@ -15,47 +15,33 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from .. import native
 from ..memory.pool import BufferPool
+from .checks import CollectiveChecks
+from .groups import group_name, group_timeout
 from .log import CommunicationLog, remember
-
-
-class Pending(Protocol):
-    """An operation under way."""
-
-    def wait(self) -> None:
-        """Return when the operation's result is in its buffer. May be called more than once."""
-
-
-class _Operation:
-    """Waits for ``works``, then runs ``finish`` once."""
-
-    def __init__(self, works: Sequence[Any] = (), finish: Callable[[], None] | None = None):
-        self._works = works
-        self._finish = finish
-
-    def wait(self) -> None:
-        for work in self._works:
-            work.wait()
-        self._works = ()
-        if self._finish is not None:
-            finish, self._finish = self._finish, None
-            finish()
-
-
-DONE: Pending = _Operation()
-"""An operation that has nothing to do."""
+from .operations import DONE, Awaited, Collective, CollectiveError, Deferred, Pending, Started, in_vain
 
 
 class Communicator:
-    """The collectives of ``group`` (the default group where it is None), with their volumes in ``log``."""
+    """The collectives of ``group`` (the default group where it is None), with their volumes in ``log``.
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, log: CommunicationLog | None = None):
+    The ``purpose`` of an operation is for the errors: what it is, "fetch of unit 'layers.1'". With ``checks``, an
+    operation begins when it is waited for, once all ranks have come to the same one.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        log: CommunicationLog | None = None,
+        checks: CollectiveChecks | None = None,
+    ):
         self.group = group
         self.rank: int = dist.get_rank(group)
         self.size: int = dist.get_world_size(group)
@@ -64,9 +50,11 @@ class Communicator:
         self._scratch = BufferPool()
         self._point_to_point = dist.get_backend(group) == "gloo"
         self._ranks: list[int] = dist.get_process_group_ranks(group)
+        self._checks = checks
+        self._channel = checks.channel(group_name(group), self._ranks) if checks is not None and self.size > 1 else None
 
     def reduce_scatter(
-        self, buffer: Tensor, *, out: Tensor | None = None, scale: float = 1.0, accumulate: bool = False
+        self, buffer: Tensor, *, out: Tensor | None = None, scale: float = 1.0, accumulate: bool = False, purpose: str = ""
     ) -> Pending:
         """Sum ``buffer`` (1-D, contiguous, a multiple of ``size`` elements) over the ranks, in rank order and with
         fp32 accumulation, times ``scale``.
@@ -80,17 +68,18 @@ class Communicator:
         slices = buffer.chunk(self.size)
         own = slices[self.rank]
         target = own if out is None else out
-        finish = functools.partial(_put, own, target, scale, accumulate)
+        put = functools.partial(_put, own, target, scale, accumulate)
         if self.size == 1:
-            return _Operation(finish=finish)
-        if not self._point_to_point:
-            work = _reduce_scatter_single(own, buffer, self.group)
-            return self._logged("reduce_scatter", buffer, 1, _Operation([work], finish))
-        arriving = [own if peer == self.rank else self._scratch_like(own) for peer in range(self.size)]
-        works = []
-        for peer, global_rank in self._peers():
-            works.append(dist.irecv(arriving[peer], src=global_rank, group=self.group))
-            works.append(dist.isend(slices[peer], dst=global_rank, group=self.group))
+            return Deferred(put)
+        arriving: list[Tensor] = []
+
+        def exchange() -> list[Awaited]:
+            arriving.extend(own if peer == self.rank else self._scratch_like(own) for peer in range(self.size))
+            works = []
+            for peer, global_rank in self._peers():
+                works.append(Awaited(dist.irecv(arriving[peer], src=global_rank, group=self.group), global_rank))
+                works.append(Awaited(dist.isend(slices[peer], dst=global_rank, group=self.group), global_rank))
+            return works
 
         def add_up() -> None:
             native.scaled_sum(arriving, out=target, scale=scale, accumulate=accumulate)
@@ -98,9 +87,13 @@ class Communicator:
                 self._scratch.give_back(tensor)
             arriving.clear()
 
-        return self._logged("reduce_scatter", buffer, 1, _Operation(works, add_up))
+        def reduce() -> list[Awaited]:
+            return [Awaited(_reduce_scatter_single(own, buffer, self.group))]
 
-    def all_gather(self, buffer: Tensor, *, tag: int = 0) -> Pending:
+        start, finish = (exchange, add_up) if self._point_to_point else (reduce, put)
+        return self._run("reduce_scatter", purpose, buffer, 1, start, finish)
+
+    def all_gather(self, buffer: Tensor, *, tag: int = 0, purpose: str = "") -> Pending:
         """Fill ``buffer`` (1-D, contiguous, a multiple of ``size`` elements) with every rank's slice of its own; this
         rank's slice is already in its place.
 
@@ -110,80 +103,152 @@ class Communicator:
             return DONE
         slices = list(buffer.chunk(self.size))
         own = slices[self.rank]
-        if not self._point_to_point:
-            work = dist.all_gather_into_tensor(buffer, own, group=self.group, async_op=True)
-            return self._logged("all_gather", buffer, 1, _Operation([work]))
-        works = []
-        for peer, global_rank in self._peers():
-            works.append(dist.irecv(slices[peer], src=global_rank, group=self.group, tag=tag))
-            works.append(dist.isend(own, dst=global_rank, group=self.group, tag=tag))
-        return self._logged("all_gather", buffer, 1, _Operation(works))
 
-    def all_reduce(self, buffer: Tensor, *, scale: float = 1.0) -> Pending:
+        def exchange() -> list[Awaited]:
+            works = []
+            for peer, global_rank in self._peers():
+                works.append(Awaited(dist.irecv(slices[peer], src=global_rank, group=self.group, tag=tag), global_rank))
+                works.append(Awaited(dist.isend(own, dst=global_rank, group=self.group, tag=tag), global_rank))
+            return works
+
+        def gather() -> list[Awaited]:
+            return [Awaited(dist.all_gather_into_tensor(buffer, own, group=self.group, async_op=True))]
+
+        return self._run("all_gather", purpose, buffer, 1, exchange if self._point_to_point else gather)
+
+    def all_reduce(self, buffer: Tensor, *, scale: float = 1.0, purpose: str = "") -> Pending:
         """Sum ``buffer`` over the ranks in place, times ``scale``."""
         if self.size == 1 or not buffer.numel():
-            return _Operation(finish=lambda: _scale(buffer, scale))
-        work = dist.all_reduce(buffer, group=self.group, async_op=True)
-        return self._logged("all_reduce", buffer, 2, _Operation([work], lambda: _scale(buffer, scale)))
+            return Deferred(lambda: _scale(buffer, scale))
 
-    def broadcast(self, buffer: Tensor, *, source: int = 0) -> Pending:
+        def reduce() -> list[Awaited]:
+            return [Awaited(dist.all_reduce(buffer, group=self.group, async_op=True))]
+
+        return self._run("all_reduce", purpose, buffer, 2, reduce, lambda: _scale(buffer, scale))
+
+    def broadcast(self, buffer: Tensor, *, source: int = 0, purpose: str = "") -> Pending:
         """Copy group rank ``source``'s ``buffer`` to all ranks, in place."""
         if self.size == 1 or not buffer.numel():
             return DONE
-        work = dist.broadcast(buffer, src=self._ranks[source], group=self.group, async_op=True)
-        return self._logged("broadcast", buffer, 1, _Operation([work]))
 
-    def scatter(self, buffer: Tensor | None, out: Tensor, *, source: int = 0) -> Pending:
+        def send() -> list[Awaited]:
+            return [Awaited(dist.broadcast(buffer, src=self._ranks[source], group=self.group, async_op=True))]
+
+        return self._run("broadcast", purpose, buffer, 1, send)
+
+    def scatter(self, buffer: Tensor | None, out: Tensor, *, source: int = 0, purpose: str = "") -> Pending:
         """Fill each rank's ``out`` with its slice of group rank ``source``'s ``buffer`` (1-D, contiguous, ``size`` times as
         long as ``out``), which is None on the others."""
-        slices = buffer.chunk(self.size) if buffer is not None else []
+        slices = list(buffer.chunk(self.size)) if buffer is not None else []
         if slices:
             out.copy_(slices[self.rank])
         if self.size == 1 or not out.numel():
             return DONE
-        if not self._point_to_point:
-            work = dist.scatter(out, list(slices) or None, src=self._ranks[source], group=self.group, async_op=True)
-            works = [work]
-        elif slices:
-            works = [dist.isend(slices[peer], dst=global_rank, group=self.group) for peer, global_rank in self._peers()]
-        else:
-            works = [dist.irecv(out, src=self._ranks[source], group=self.group)]
-        return self._logged("scatter", out, 1, _Operation(works))
+        origin = self._ranks[source]
 
-    def gather_objects(self, value: object) -> list[Any]:
+        def exchange() -> list[Awaited]:
+            if not slices:
+                return [Awaited(dist.irecv(out, src=origin, group=self.group), origin)]
+            return [
+                Awaited(dist.isend(slices[peer], dst=global_rank, group=self.group), global_rank)
+                for peer, global_rank in self._peers()
+            ]
+
+        def scatter() -> list[Awaited]:
+            return [Awaited(dist.scatter(out, slices or None, src=origin, group=self.group, async_op=True))]
+
+        return self._run("scatter", purpose, out, 1, exchange if self._point_to_point else scatter)
+
+    def gather_objects(self, value: object, *, purpose: str = "") -> list[Any]:
         """Every rank's ``value`` (small and picklable), in rank order. Blocks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        self._block("gather_objects", purpose, lambda: dist.all_gather_object(values, value, group=self.group))
         return values
 
-    def sum_in_rank_order(self, values: Tensor) -> Tensor:
+    def sum_in_rank_order(self, values: Tensor, *, purpose: str = "") -> Tensor:
         """The sum over ranks of a small 1-D tensor, added up in rank order so that every rank has the same bits.
         Blocks."""
         rows = values.new_zeros(self.size, values.numel())
         rows[self.rank] = values
-        self.all_gather(rows.view(-1)).wait()
+        self.all_gather(rows.view(-1), purpose=purpose).wait()
         return rows.sum(0) if self.size <= 2 else _sum_rows(rows)
+
+    def checked(self) -> Communicator:
+        """The same ranks, which from now on compare what they are about to do before each operation. Called on all
+        ranks."""
+        store = dist.distributed_c10d._get_default_store()
+        name, rank = group_name(self.group), dist.get_rank()
+        scope = f"collective_checks/{name}/{store.add(f'collective_checks/{name}/{rank}', 1)}"
+        checks = CollectiveChecks(store, scope, rank=rank, ranks=self._ranks, timeout=group_timeout(self.group))
+        return Communicator(self.group, log=self.log, checks=checks)
 
     def duplicate(self) -> Communicator:
         """The same ranks in a group of their own: its operations need no common order with this one's. Close it when it
         is done with. Called on all ranks."""
-        return Communicator(dist.new_group(self._ranks, backend=dist.get_backend(self.group)), log=self.log)
+        group = dist.new_group(self._ranks, backend=dist.get_backend(self.group), timeout=group_timeout(self.group))
+        return Communicator(group, log=self.log, checks=self._checks)
+
+    def unchecked(self) -> Communicator:
+        """The same ranks, which compare no more: a rank that still does is told that this one has left."""
+        if self._checks is None:
+            return self
+        self._checks.close()
+        return Communicator(self.group, log=self.log)
 
     def close(self) -> None:
-        """Take a group that ``duplicate`` made apart; the default group stays."""
+        """Take a group that ``duplicate`` made apart; the default group stays. This rank does nothing more in it."""
         if self.group is not None:
             dist.destroy_process_group(self.group)
 
     def barrier(self) -> None:
         """Return when all ranks have come here."""
         if self.size > 1:
-            dist.barrier(group=self.group)
+            self._block("barrier", "", lambda: dist.barrier(group=self.group))
 
     def release_scratch(self) -> None:
         """Free the buffers in which reductions received; the next one allocates them anew."""
         self._scratch.release()
+
+    def _run(
+        self,
+        kind: str,
+        purpose: str,
+        buffer: Tensor,
+        factor: int,
+        start: Callable[[], Sequence[Awaited]],
+        finish: Callable[[], None] | None = None,
+    ) -> Pending:
+        """Begin an operation on ``buffer``, or announce it. Once it has been waited for, it is entered in the log."""
+        collective = Collective(kind, purpose, buffer.numel(), buffer.dtype)
+        nbytes = buffer.nbytes
+
+        def end(seconds: float) -> None:
+            if finish is not None:
+                finish()
+            wire = factor * nbytes * (self.size - 1) // self.size
+            self.log.add(kind, message_nbytes=nbytes, wire_nbytes=wire, seconds=seconds)
+
+        def begin() -> Started:
+            return Started(collective, start(), end)
+
+        return begin() if self._channel is None else self._channel.announce(collective, begin)
+
+    def _block(self, kind: str, purpose: str, call: Callable[[], object]) -> None:
+        """Run an operation that blocks."""
+        collective = Collective(kind, purpose)
+
+        def begin() -> Pending:
+            since = time.time()
+            try:
+                call()
+            except RuntimeError as error:
+                raise CollectiveError(in_vain(collective, None, error, since=since)) from error
+            return DONE
+
+        operation = begin() if self._channel is None else self._channel.announce(collective, begin)
+        operation.wait()
 
     def _scratch_like(self, tensor: Tensor) -> Tensor:
         return self._scratch.take(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
@@ -192,28 +257,6 @@ class Communicator:
         """Group and global ranks of the others, nearest following rank first, so that no rank is everyone's first."""
         order = [(self.rank + step) % self.size for step in range(1, self.size)]
         return [(peer, self._ranks[peer]) for peer in order]
-
-    def _logged(self, name: str, buffer: Tensor, factor: int, operation: _Operation) -> Pending:
-        return _Logged(operation, self.log, name, buffer.nbytes, factor * buffer.nbytes * (self.size - 1) // self.size)
-
-
-class _Logged:
-    """An operation that is entered in the log once it has been waited for."""
-
-    def __init__(self, operation: _Operation, log: CommunicationLog, name: str, message: int, wire: int):
-        self._operation = operation
-        self._log: CommunicationLog | None = log
-        self._name = name
-        self._nbytes = message, wire
-        self._started = time.perf_counter()
-
-    def wait(self) -> None:
-        self._operation.wait()
-        if self._log is not None:
-            message, wire = self._nbytes
-            seconds = time.perf_counter() - self._started
-            self._log.add(self._name, message_nbytes=message, wire_nbytes=wire, seconds=seconds)
-            self._log = None
 
 
 def _put(own: Tensor, target: Tensor, scale: float, accumulate: bool) -> None:

@@ -3,7 +3,28 @@ one rank."""
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch.distributed as dist
+
+
+def group_name(group: dist.ProcessGroup | None) -> str:
+    """The name that all ranks have for ``group`` (the default group where it is None)."""
+    return str(_actual(group).group_name)
+
+
+def group_timeout(group: dist.ProcessGroup | None) -> timedelta:
+    """How long operations of ``group`` (the default group where it is None) wait for other ranks: as its maker said."""
+    for device in _actual(group)._device_types:
+        options = getattr(_actual(group)._get_backend(device), "options", None)
+        timeout = getattr(options, "_timeout", None)
+        if isinstance(timeout, timedelta):
+            return timeout
+    return dist.distributed_c10d.default_pg_timeout
+
+
+def _actual(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    return group or _get_data_parallel_group()
 
 
 def _get_data_parallel_group() -> dist.ProcessGroup:

@@ -54,11 +54,6 @@ UNBUILT: tuple[tuple[str, Predicate, str], ...] = (
         "ZenFlow is not built yet; remove it.",
     ),
     (
-        "zero_optimization.enable_sanity_checks",
-        lambda c: c.zero_optimization.enable_sanity_checks,
-        "checks of every collective are not built yet; set it to false.",
-    ),
-    (
         "zero_optimization.ignore_unused_parameters",
         lambda c: not c.zero_optimization.ignore_unused_parameters,
         "ending at unused parameters is not built yet; remove the key.",

@@ -96,7 +96,11 @@ class ZeroConfig(Section):
     zero_quantized_gradients: bool = key(False, "ZeRO++: reduce quantized gradients.")
     mics_shard_size: Int = key(-1, "MiCS: ranks of a sharding group; -1 for all.", unit="ranks")
     mics_hierarchical_params_gather: bool = key(False, "MiCS: gather in two steps.")
-    enable_sanity_checks: bool = key(False, "Check at every collective that ranks run the same one.")
+    enable_sanity_checks: bool = key(
+        False,
+        "Compare what the ranks are about to do before each collective, and name the first difference. Operations then begin "
+        "when they are waited for: nothing overlaps.",
+    )
     save_muon_momentum_buffer_in_memory: bool = key(False, "With device nvme, keep Muon's momentum in memory.")
     zenflow: ZenFlowConfig | None = key(None, "ZenFlow offloading.")
 

@@ -51,9 +51,9 @@ def describe(module: nn.Module, optimizer: torch.optim.Optimizer | None, config:
 def check_ranks_agree(mine: Sequence[str], communicator: Communicator) -> None:
     """Raise ValueError on every rank where the ranks' descriptions differ, naming the first difference."""
     digest = hashlib.sha256("\n".join(mine).encode()).hexdigest()
-    if len(set(communicator.gather_objects(digest))) == 1:
+    if len(set(communicator.gather_objects(digest, purpose="comparison of model and configuration"))) == 1:
         return
-    everyone = communicator.gather_objects(list(mine))
+    everyone = communicator.gather_objects(list(mine), purpose="search for a difference in model or configuration")
     for rank, theirs in enumerate(everyone):
         for index in range(max(len(theirs), len(everyone[0]))):
             first, other = (lines[index] if index < len(lines) else "nothing" for lines in (everyone[0], theirs))

@@ -245,7 +245,7 @@ def _broadcast_rest(module: nn.Module, moved: set[int], communicator: Communicat
     for tensor in rest:
         if tensor.numel() and not tensor.is_meta:
             value = tensor.detach().contiguous()
-            communicator.broadcast(value).wait()
+            communicator.broadcast(value, purpose="broadcast of buffers and frozen parameters").wait()
             tensor.data.copy_(value)
 
 

@@ -65,7 +65,8 @@ def save_training_checkpoint(
 
     tensors, index = on_all_ranks(compose, f"saving {directory / tag}", communicator)
     if engine.optimizer is not None:
-        index["optimizer"]["parameters"] = _joined(communicator.gather_objects(_numbers(engine.optimizer)))
+        numbers = communicator.gather_objects(_numbers(engine.optimizer), purpose="save of a checkpoint")
+        index["optimizer"]["parameters"] = _joined(numbers)
     write_checkpoint(directory, tag, tensors, index, communicator)
     on_all_ranks(add_script, f"saving {directory / tag}", communicator)
     if save_latest:
@@ -203,7 +204,7 @@ def _plain(value: Any) -> Any:
 def _agreed_tag(tag: str, communicator: Communicator, validation: str) -> str:
     """Rank 0's tag, under which all ranks save. Where the tags differ, ``validation`` warn says so and fail raises
     ValueError on every rank."""
-    tags = communicator.gather_objects(tag)
+    tags = communicator.gather_objects(tag, purpose="agreement on the tag of a checkpoint to save")
     if validation != "ignore" and len(set(tags)) > 1:
         found = ", ".join(f"'{one}' on rank {rank}" for rank, one in enumerate(tags))
         if validation == "fail":

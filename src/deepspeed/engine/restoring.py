@@ -80,7 +80,7 @@ def load_training_checkpoint(
     """
     communicator = engine.communicator
     found = on_all_ranks(lambda: tag or read_latest(directory), f"loading {directory}", communicator)
-    tags = communicator.gather_objects(found)
+    tags = communicator.gather_objects(found, purpose="agreement on the checkpoint to load")
     if len(set(tags)) > 1:
         raise CheckpointError(f"ranks see different checkpoints in {directory}: {tags}. All must see the same directory.")
     if found is None:

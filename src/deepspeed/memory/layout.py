@@ -99,6 +99,13 @@ class Bucket:
         return slice(shard * self.slice_numel, (shard + 1) * self.slice_numel)
 
     @cached_property
+    def label(self) -> str:
+        """What messages call the bucket: its number and the first of its parameters."""
+        names = [placement.spec.name for placement in self.placements]
+        more = f" and {len(names) - 3} others" if len(names) > 3 else ""
+        return f"bucket {self.index} ({', '.join(names[:3])}{more})"
+
+    @cached_property
     def gaps(self) -> tuple[slice, ...]:
         """The elements that belong to no parameter: alignment and padding. They stay zero."""
         edges = [0]

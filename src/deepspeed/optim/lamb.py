@@ -122,7 +122,8 @@ class Lamb(torch.optim.Optimizer):
                 squares[key] = _square(parameter.reshape(-1)[where]), _square(direction[where])
         if any(shard.bucket.shards > 1 for shard in shards) and self._communicator is not None:
             values = torch.tensor([squares[name] for name in names], dtype=torch.float64, device=shards[0].tensor.device)
-            total = self._communicator.sum_in_rank_order(values.view(-1)).view(-1, 2).tolist()
+            sums = self._communicator.sum_in_rank_order(values.view(-1), purpose="agreement on LAMB's norms")
+            total = sums.view(-1, 2).tolist()
             squares.update({name: (first, second) for name, (first, second) in zip(names, total, strict=True)})
         return {key: (math.sqrt(first), math.sqrt(second)) for key, (first, second) in squares.items()}
 

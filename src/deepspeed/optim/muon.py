@@ -137,7 +137,7 @@ class Muon(torch.optim.Optimizer):
                 own[segment.where] = self._momentum_update(group, segment.tensor, segment.tensor.grad)
                 stepped.append(segment)
         if bucket.shards > 1 and self._communicator is not None:
-            self._communicator.all_gather(whole).wait()
+            self._communicator.all_gather(whole, purpose=f"gather of the momentum of {bucket.label}").wait()
         starts = {placement.spec.name: placement.start for placement in bucket.placements}
         for segment in stepped:
             for fragment in segment.fragments:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 
-from ..comm.communicator import Communicator, Pending
+from ..comm.communicator import Communicator
+from ..comm.operations import Pending
 from ..memory.layout import FlatLayout, ParameterSpec
 from .parameters import FlatParameters, unchanged
 from .released import home_of
@@ -132,10 +133,10 @@ class ModuleSharder:
         spec = ParameterSpec(name, tuple(parameter.shape), str(dtype).removeprefix("torch."), unit=0)
         layout = FlatLayout.build([spec], shards=self._communicator.size, bucket_numel=0)
         own = parameter.new_empty(layout.slice_numel, dtype=dtype)
-        self._scatter(parameter, layout, own)
+        self._scatter(parameter, layout, own, purpose=f"scatter of '{name}'")
         self._adopt(parameter, name, layout, own, constructed_in=parameter.dtype)
 
-    def _scatter(self, parameter: nn.Parameter, layout: FlatLayout, own: Tensor) -> None:
+    def _scatter(self, parameter: nn.Parameter, layout: FlatLayout, own: Tensor, *, purpose: str) -> None:
         """Give each rank its slice of rank 0's values."""
         whole = None
         if self._communicator.rank == 0:
@@ -146,7 +147,7 @@ class ModuleSharder:
             for gap in bucket.gaps:
                 whole[gap].zero_()
         self.settle(UNDER_WAY - 1)
-        self._under_way.append((self._communicator.scatter(whole, own), whole))
+        self._under_way.append((self._communicator.scatter(whole, own, purpose=purpose), whole))
 
     def _adopt(
         self, parameter: nn.Parameter, name: str, layout: FlatLayout, own: Tensor, *, constructed_in: torch.dtype
@@ -175,7 +176,8 @@ class ModuleSharder:
             unit = self._touched.popleft()
             (part,) = unit.parts
             for parameter in unit.parameters():
-                self._scatter(parameter, part.flat.layout, part.flat.own_slice(part.bucket))
+                purpose = f"scatter of {unit.describe(parameter)}"
+                self._scatter(parameter, part.flat.layout, part.flat.own_slice(part.bucket), purpose=purpose)
             unit.let_go()
 
     @torch.no_grad()

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..comm.communicator import Communicator, Pending
+from ..comm.communicator import Communicator
+from ..comm.operations import Pending
 from ..memory.layout import Bucket
 from ..optim.loss_scaling import LossScaler
 from ..optim.segments import FlatShard, Segments
@@ -221,7 +222,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         summary = self._summarize()
         late = list(summary.late)
         if summary.unfrozen:
-            everyone = self.communicator.gather_objects(self.frozen.unfrozen())
+            everyone = self.communicator.gather_objects(self.frozen.unfrozen(), purpose="agreement on unfrozen parameters")
             unfreeze(self, {name for names in everyone for name in names})
             late += [True] * (len(self.shards) - len(late))
         if any(late):

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..comm.communicator import DONE, Communicator, Pending
+from ..comm.communicator import Communicator
+from ..comm.operations import DONE, Pending
 from ..memory.layout import Bucket, FlatLayout, Placement
 from . import released
 
@@ -104,7 +105,7 @@ class FlatParameters:
         for home in homes.values():
             home.let_go()
         if not same_everywhere:
-            communicator.broadcast(wide).wait()
+            communicator.broadcast(wide, purpose=f"broadcast of {bucket.label}").wait()
 
     def drop_masters(self) -> None:
         """Keep the values in the model's dtype alone."""
@@ -149,7 +150,7 @@ class FlatParameters:
             whole = master.new_zeros(bucket.numel)
             whole[bucket.slice_range(self.shard)] = master
             if bucket.shards > 1:
-                communicator.all_gather(whole).wait()
+                communicator.all_gather(whole, purpose=f"gather of the masters of {bucket.label}").wait()
             wholes.append(whole)
             for placement in bucket.placements:
                 value = whole[placement.start : placement.stop].view(placement.spec.shape)
@@ -183,7 +184,7 @@ class FlatParameters:
         """Bring a bucket that is whole on every rank up to date with the slices; one of a unit is when it is fetched."""
         if bucket.shards == 1 or bucket.unit is not None:
             return DONE
-        return communicator.all_gather(self.buffers[bucket.index])
+        return communicator.all_gather(self.buffers[bucket.index], purpose=f"gather of {bucket.label}")
 
     def _take_back(self, bucket: Bucket) -> None:
         if bucket.unit is None:

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..comm.communicator import Communicator, Pending
+from ..comm.communicator import Communicator
+from ..comm.operations import Pending
 from ..memory.layout import Bucket, FlatLayout, Placement
 from ..memory.pool import BufferPool
 from .policy import ZeroPolicy
@@ -307,15 +308,15 @@ class GradientReducer:
             self._complete_in_flight(0)
 
     def _reduction(self, state: _BucketGradient, landing: Tensor, sent: Tensor) -> _Reduction:
-        scale = 1.0 / self.settings.divide_after
+        scale, purpose = 1.0 / self.settings.divide_after, f"reduction of {state.bucket.label}"
         if not (self.policy.shard_optimizer and self.settings.reduce_scatter):
-            operation = self.communicator.all_reduce(sent, scale=scale)
+            operation = self.communicator.all_reduce(sent, scale=scale, purpose=purpose)
             return _Reduction(state, landing, _Converted(operation, sent, landing))
         if sent is not landing or not self._sums_in_place_of_kept(state, sent.dtype):
-            operation = self.communicator.reduce_scatter(sent, scale=scale)
+            operation = self.communicator.reduce_scatter(sent, scale=scale, purpose=purpose)
             return _Reduction(state, landing, _Converted(operation, sent, landing))
         kept, adds = self._kept_slice(state), state.gradient is not None
-        operation = self.communicator.reduce_scatter(sent, out=kept, scale=scale, accumulate=adds)
+        operation = self.communicator.reduce_scatter(sent, out=kept, scale=scale, accumulate=adds, purpose=purpose)
         return _Reduction(state, landing, operation, result=kept)
 
     def _sums_in_place_of_kept(self, state: _BucketGradient, sent: torch.dtype) -> bool:

@@ -82,15 +82,16 @@ class ShardedModel:
         the other parameters stay whole. Called on all ranks."""
         self.scopes.settle()
         self.scopes.close()
+        communicator = self.communicator.unchecked()
         for unit in self.scopes.fetcher.units:
-            unit.retire(self.communicator)
+            unit.retire(communicator)
         for flat in (self.trained, self.frozen):
             flat.drop_masters()
         for parameter in self.module.parameters():
             home = home_of(parameter)
             if isinstance(home, Resident):
                 home.give_up(parameter)
-                Replica(parameter, self.communicator)
+                Replica(parameter, communicator)
         if self.fetching is not self.communicator:
             self.fetching.close()
 

@@ -60,7 +60,7 @@ def summarize(
     flags = [float(flag) for flag in (not finite, unfrozen, *late, *used)]
     # A sum with an infinity or NaN would spread to the flags of nobody: they are separate elements.
     mine = torch.tensor([squared, *flags], dtype=torch.float64)
-    total = communicator.sum_in_rank_order(mine.to(device)).tolist()
+    total = communicator.sum_in_rank_order(mine.to(device), purpose="agreement on the gradient norm").tolist()
     seen = [value > 0 for value in total[1:]]
     return GradientSummary(
         squared_norm=total[0],

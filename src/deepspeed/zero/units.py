@@ -19,7 +19,8 @@ from typing import NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..comm.communicator import Communicator, Pending
+from ..comm.communicator import Communicator
+from ..comm.operations import Pending
 from ..memory.layout import Bucket
 from . import released
 from .parameters import FlatParameters
@@ -63,12 +64,12 @@ class UnitPart:
         """The buffer (1-D)."""
         return self.flat.buffers[self.bucket.index]
 
-    def start_fetch(self, communicator: Communicator, *, tag: int) -> Pending:
+    def start_fetch(self, communicator: Communicator, *, tag: int, purpose: str) -> Pending:
         """Begin to gather the whole buffer, under a tag of its unit's."""
         if self.bucket.shards > 1:
             self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
             self.whole[self.bucket.slice_range(communicator.rank)].copy_(self.flat.own_slice(self.bucket))
-        return communicator.all_gather(self.whole, tag=tag)
+        return communicator.all_gather(self.whole, tag=tag, purpose=purpose)
 
     def expose(self) -> None:
         """Make the buffer the parameters' memory."""
@@ -120,8 +121,9 @@ class ParameterUnit:
         if self.state is UnitState.SHARDED:
             if self.constructor is not None:
                 self.constructor.settle()
+            tag, purpose = 1 + self.index, f"fetch of unit '{self.name}'"
             with torch.no_grad():
-                self._pending = [part.start_fetch(self._communicator, tag=1 + self.index) for part in self.parts]
+                self._pending = [part.start_fetch(self._communicator, tag=tag, purpose=purpose) for part in self.parts]
             self.state = UnitState.FETCHED
 
     def finish_fetch(self) -> None:
@@ -176,7 +178,8 @@ class ParameterUnit:
         """Take this rank's part of the values that ``parameter`` has now into the slices and masters."""
         part = next(part for part in self.parts if any(mine is parameter for mine, _ in part.views))
         if source is not None:
-            self._communicator.broadcast(parameter.detach(), source=source).wait()
+            purpose = f"broadcast of {self.describe(parameter)}"
+            self._communicator.broadcast(parameter.detach(), source=source, purpose=purpose).wait()
         part.flat.keep(parameter, part.bucket)
 
     def give_up(self, parameter: nn.Parameter) -> None:
@@ -237,7 +240,8 @@ class Replica:
     def keep(self, parameter: nn.Parameter, *, source: int | None) -> None:
         """Give all ranks rank ``source``'s values."""
         if source is not None:
-            self._communicator.broadcast(parameter.detach(), source=source).wait()
+            purpose = f"broadcast of a whole parameter of shape {tuple(parameter.shape)}"
+            self._communicator.broadcast(parameter.detach(), source=source, purpose=purpose).wait()
 
     def give_up(self, parameter: nn.Parameter) -> None:
         """Leave ``parameter`` to another home."""
