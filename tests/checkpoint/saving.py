@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deepspeed.checkpoint.directory import write_checkpoint, write_latest
 from deepspeed.checkpoint.reader import WEIGHT, CheckpointReader, piece_name
+from deepspeed.checkpoint.writer import Piece, Pieces
 
 ALONE: Any = SimpleNamespace(rank=0, size=1, gather_objects=lambda value: [value])
 SHAPES = {"matrix": (3, 4), "model.bias": (5,)}
@@ -28,7 +29,8 @@ def pieces(value: float) -> dict[str, Tensor]:
 
 def save(directory: Path, tag: str, value: float, communicator: Any = ALONE) -> None:
     index = {"shapes": {name: list(shape) for name, shape in SHAPES.items()}, "value": value}
-    write_checkpoint(directory, tag, pieces(value), index, communicator)
+    named = {name: Piece(tensor) for name, tensor in pieces(value).items()}
+    write_checkpoint(directory, tag, [Pieces(named)], index, communicator)
     write_latest(directory, tag, communicator)
 
 

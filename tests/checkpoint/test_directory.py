@@ -18,6 +18,7 @@ from deepspeed.checkpoint.directory import (
     read_latest,
     write_checkpoint,
 )
+from deepspeed.checkpoint.writer import Piece, Pieces
 from deepspeed.comm.communicator import Communicator
 from tests.checkpoint.saving import ALONE, is_saved, load, save
 
@@ -84,9 +85,9 @@ def saved_while_rank_one_fails(directory: str) -> str:
     communicator = Communicator()
     path = Path(directory)
     save(path, "first", 1.0, communicator)
-    tensors: Any = {"weight/a@0": torch.ones(3)} if communicator.rank == 0 else {"weight/a@3": "no tensor"}
+    tensors: Any = {"weight/a@0": Piece(torch.ones(3))} if communicator.rank == 0 else {"weight/a@3": "no tensor"}
     with pytest.raises(CheckpointError) as caught:
-        write_checkpoint(path, "second", tensors, {"shapes": {}}, communicator)
+        write_checkpoint(path, "second", [Pieces(tensors)], {"shapes": {}}, communicator)
     return str(caught.value)
 
 
@@ -99,7 +100,7 @@ def test_a_rank_that_fails_is_named_on_every_rank_and_nothing_is_left(ranks, tmp
 @pytest.mark.parametrize("tag", ["a/b", "/a", "..", ".", "", "latest"])
 def test_a_tag_that_is_no_name_of_a_directory_is_refused(tmp_path, tag):
     with pytest.raises(CheckpointError, match="cannot be the name of a directory"):
-        write_checkpoint(tmp_path, tag, {}, {}, ALONE)
+        write_checkpoint(tmp_path, tag, [], {}, ALONE)
     assert names(tmp_path) == []
 
 

@@ -12,16 +12,15 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..comm import agreement
 from ..comm.communicator import Communicator
+from .writer import Pieces, raw_bytes, write_pieces
 
 FORMAT = "deepspeed-fragments"
 VERSION = 1
@@ -37,9 +36,9 @@ class CheckpointError(RuntimeError):
 
 
 def write_checkpoint(
-    directory: Path, tag: str, tensors: Mapping[str, Tensor], index: Mapping[str, Any], communicator: Communicator
+    directory: Path, tag: str, groups: Sequence[Pieces], index: Mapping[str, Any], communicator: Communicator
 ) -> None:
-    """Write ``tensors`` of every rank and rank 0's ``index`` under ``directory/tag``. Called on all ranks.
+    """Write the ``groups`` of every rank and rank 0's ``index`` under ``directory/tag``. Called on all ranks.
 
     Raises CheckpointError on every rank where one of them fails; nothing is left of the attempt then.
     """
@@ -54,8 +53,7 @@ def write_checkpoint(
 
     def write() -> None:
         path = temporary / file_name(communicator.rank)
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, path, metadata={"format": "pt", **{name: checksum(tensor) for name, tensor in whole.items()}})
+        write_pieces(path, groups)
         _sync(path)
         if communicator.rank == 0:
             # As it will be read: JSON makes strings of keys and lists of tuples.
@@ -131,8 +129,7 @@ def file_name(rank: int) -> str:
 
 def checksum(tensor: Tensor) -> str:
     """CRC-32 of the elements of a contiguous CPU tensor, as eight hexadecimal digits."""
-    flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
-    return f"{zlib.crc32(flat.numpy().data):08x}"
+    return f"{zlib.crc32(raw_bytes(tensor)):08x}"
 
 
 def index_checksum(index: Mapping[str, Any]) -> str:

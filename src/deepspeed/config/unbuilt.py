@@ -19,16 +19,6 @@ OPTIMIZERS = ("onebitadam", "onebitlamb", "zerooneadam", "muadam", "muadamw", "m
 
 UNBUILT: tuple[tuple[str, Predicate, str], ...] = (
     (
-        "zero_optimization.offload_optimizer.device",
-        lambda c: c.zero_optimization.offloads_optimizer,
-        "offloading is not built yet; use none.",
-    ),
-    (
-        "zero_optimization.offload_param.device",
-        lambda c: c.zero_optimization.offloads_parameters,
-        "offloading is not built yet; use none.",
-    ),
-    (
         "zero_optimization.zero_quantized_weights",
         lambda c: c.zero_optimization.zero_quantized_weights or c.zero_optimization.zero_quantized_nontrainable_weights,
         "quantized communication (ZeRO++) is not built yet; switch it off.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from ..comm.agreement import on_all_ranks
 from ..comm.communicator import Communicator
 from ..config import DeepSpeedConfig
+from ..config.offload import OffloadOptimizerConfig, OffloadParamConfig
+from ..memory.layout import UNLIMITED
+from ..memory.tiers import FileTier
 from ..optim import build_optimizer, build_scheduler, has_stepped, refuse_unsuited, split_parameter_groups
 from ..zero.fetching import FetchLimits
 from ..zero.inspection import make_inspectable
@@ -22,6 +26,7 @@ from ..zero.policy import ZeroPolicy
 from ..zero.reducer import GradientReducer, ReductionSettings, is_reduced
 from ..zero.released import shape_of
 from ..zero.sharding import ModelLayout, ShardedModel, move_in
+from ..zero.tiers import Tiers
 from ..zero.unfreezing import FrozenParameters
 from .agreement import check_ranks_agree, describe
 from .precision import PrecisionPolicy, build_loss_scaler
@@ -94,7 +99,32 @@ def build_layout(
         dtype_of=precision.dtype_of,
         shards=ranks if policy.shard_optimizer else 1,
         bucket_numel=config.zero_optimization.bucket_numel,
+        unit_bucket_numel=chunk_numel(config) * ranks,
     )
+
+
+def chunk_numel(config: DeepSpeedConfig) -> int:
+    """The most elements of a slice that move to or from a file at once, a larger parameter apart."""
+    zero = config.zero_optimization
+    sizes = [offload.buffer_size for offload in (zero.offload_optimizer, zero.offload_param) if offload.device == "nvme"]
+    return min([zero.sub_group_size, *sizes]) if sizes else UNLIMITED
+
+
+def build_tiers(config: DeepSpeedConfig) -> Tiers:
+    """The files of the states that are to lie in files: one for each directory."""
+    zero = config.zero_optimization
+    files: dict[Path, FileTier] = {}
+
+    def tier(offload: OffloadOptimizerConfig | OffloadParamConfig) -> FileTier | None:
+        if offload.device != "nvme":
+            return None
+        assert offload.nvme_path is not None, "the configuration is checked for it"
+        folder = Path(offload.nvme_path)
+        if folder not in files:
+            files[folder] = FileTier(folder)
+        return files[folder]
+
+    return Tiers(parameters=tier(zero.offload_param), states=tier(zero.offload_optimizer))
 
 
 def unit_limits(config: DeepSpeedConfig) -> UnitLimits:
@@ -172,7 +202,8 @@ def shard_model(
     groups = optimizer.param_groups if optimizer is not None else []
     layout = build_layout(module, named, groups, config=config, precision=precision, ranks=communicator.size)
     fetching = communicator.duplicate() if layout.plan.names else communicator
-    model = move_in(module, layout, communicator, fetching, fetch_limits(config))
+    tiers = on_all_ranks(lambda: build_tiers(config), communicator, what="deepspeed.initialize")
+    model = move_in(module, layout, communicator, fetching, fetch_limits(config), tiers)
     moved = {id(p) for flat in (model.trained, model.frozen) for p in flat.parameters.values()}
     precision.cast_module(module, keep=lambda tensor: id(tensor) in moved)
     _broadcast_rest(module, moved, communicator)

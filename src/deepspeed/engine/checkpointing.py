@@ -20,8 +20,9 @@ from ..checkpoint.directory import CheckpointError, on_all_ranks, write_checkpoi
 from ..checkpoint.reader import WEIGHT, client_name, piece_name
 from ..checkpoint.script import write_script
 from ..checkpoint.values import encode
+from ..checkpoint.writer import Piece, Pieces
 from ..comm.communicator import Communicator
-from ..optim.segments import Segment, is_elementwise
+from ..optim.segments import FlatShard, Segment, is_elementwise
 from ..zero.optimizer import ShardedOptimizer
 from .weights import frozen_parameters
 
@@ -45,58 +46,71 @@ def save_training_checkpoint(
     tag = _agreed_tag(tag, communicator, engine.settings.checkpoint.tag_validation)
     left_out = frozen_parameters(engine.module) if exclude_frozen_parameters else set()
 
-    def compose() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def compose() -> tuple[list[Pieces], dict[str, Any]]:
         client_tensors: dict[str, Tensor] = {}
         encoded = encode(client_state, "client_state", client_tensors)
         others = {name: value for name, value in untrained_tensors(engine).items() if name not in left_out}
-        tensors = trained_pieces(engine.optimizer, communicator) | frozen_pieces(engine, left_out)
+        groups = trained_pieces(engine.optimizer, communicator) + frozen_pieces(engine, left_out)
         if communicator.rank == 0:
-            tensors |= {piece_name(WEIGHT, name, 0): value.clone() for name, value in others.items()}
-            tensors |= {client_name(name): value for name, value in client_tensors.items()}
+            groups.append(Pieces({piece_name(WEIGHT, name, 0): Piece(value) for name, value in others.items()}))
+            groups.append(Pieces({client_name(name): Piece(value) for name, value in client_tensors.items()}))
         shapes = {name: list(shape) for name, shape in model_shapes(engine).items() if name not in left_out}
         tied = _tied_names(engine)
         frozen = {tied.get(name, name) for name in frozen_parameters(engine.module)}
         names = {"shapes": shapes, "tied": tied, "frozen": sorted(frozen), "left_out": sorted(left_out)}
-        return tensors, {**_small_states(engine), "client_state": encoded, **names}
+        return groups, {**_small_states(engine), "client_state": encoded, **names}
 
     def add_script() -> None:
         if communicator.rank == 0:
             write_script(directory)
 
-    tensors, index = on_all_ranks(compose, f"saving {directory / tag}", communicator)
+    groups, index = on_all_ranks(compose, f"saving {directory / tag}", communicator)
     if engine.optimizer is not None:
         numbers = communicator.gather_objects(_numbers(engine.optimizer), purpose="save of a checkpoint")
         index["optimizer"]["parameters"] = _joined(numbers)
-    write_checkpoint(directory, tag, tensors, index, communicator)
+    write_checkpoint(directory, tag, groups, index, communicator)
     on_all_ranks(add_script, f"saving {directory / tag}", communicator)
     if save_latest:
         write_latest(directory, tag, communicator)
 
 
-def trained_pieces(optimizer: ShardedOptimizer | None, communicator: Communicator) -> dict[str, Tensor]:
-    """This rank's part of the trained parameters and their optimizer states; rank 0's is all where they are whole.
+def trained_pieces(optimizer: ShardedOptimizer | None, communicator: Communicator) -> list[Pieces]:
+    """This rank's part of the trained parameters and their optimizer states, bucket by bucket; rank 0's is all where they
+    are whole.
 
     Raises CheckpointError for a state that is neither of its parameter's size nor a number: no other rank count could
     load it.
     """
-    pieces: dict[str, Tensor] = {}
     if optimizer is None or (communicator.rank != 0 and not optimizer.policy.shard_optimizer):
-        return pieces
-    for segment in optimizer.segments:
-        for kind, flat in {WEIGHT: segment.tensor, **_elementwise(optimizer, segment)}.items():
-            for fragment in segment.fragments:
-                pieces[piece_name(kind, fragment.spec.name, fragment.parameter_start)] = flat[segment.part(fragment)]
-    return pieces
+        return []
+    return [
+        Pieces(_pieces_of(optimizer, shard), optimizer.flat.chunks[shard.bucket.index].reading) for shard in optimizer.shards
+    ]
 
 
-def frozen_pieces(engine: DeepSpeedEngine, left_out: Collection[str]) -> dict[str, Tensor]:
-    """This rank's part of the parameters that are sharded and not trained, but for those ``left_out``."""
+def _pieces_of(optimizer: ShardedOptimizer, shard: FlatShard) -> dict[str, Piece]:
     return {
-        piece_name(WEIGHT, fragment.spec.name, fragment.parameter_start): shard.tensor[fragment.slice_range]
-        for shard in engine.sharded_model.frozen_shards
-        for fragment in shard.fragments
-        if fragment.spec.name not in left_out
+        piece_name(kind, fragment.spec.name, fragment.parameter_start): Piece(flat, segment.part(fragment))
+        for segment in optimizer.segments.of(shard)
+        for kind, flat in {WEIGHT: segment.tensor, **_elementwise(optimizer, segment)}.items()
+        for fragment in segment.fragments
     }
+
+
+def frozen_pieces(engine: DeepSpeedEngine, left_out: Collection[str]) -> list[Pieces]:
+    """This rank's part of the parameters that are sharded and not trained, but for those ``left_out``."""
+    model = engine.sharded_model
+    return [
+        Pieces(
+            {
+                piece_name(WEIGHT, fragment.spec.name, fragment.parameter_start): Piece(shard.tensor, fragment.slice_range)
+                for fragment in shard.fragments
+                if fragment.spec.name not in left_out
+            },
+            model.frozen.chunks[shard.bucket.index].reading,
+        )
+        for shard in model.frozen_shards
+    ]
 
 
 def model_shapes(engine: DeepSpeedEngine) -> dict[str, tuple[int, ...]]:

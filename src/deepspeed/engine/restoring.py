@@ -198,7 +198,8 @@ def _install(engine: DeepSpeedEngine, reader: CheckpointReader, plan: _Plan, req
         _install_weights(engine, reader, plan)
     if optimizer is not None and request.optimizer_states:
         for shard, kinds in zip(optimizer.shards, plan.slices, strict=True):
-            _install_state(optimizer, shard, kinds, plan.numbers, reader)
+            with optimizer.flat.chunks[shard.bucket.index].changing():
+                _install_state(optimizer, shard, kinds, plan.numbers, reader)
         _install_options(optimizer, index["optimizer"])
     if optimizer is not None:
         optimizer.flat.parameters_from_masters(optimizer.communicator)
@@ -221,10 +222,13 @@ def _install_schedule(scheduler: Any, saved: dict[str, Any]) -> None:
 
 
 def _install_weights(engine: DeepSpeedEngine, reader: CheckpointReader, plan: _Plan) -> None:
+    model = engine.sharded_model
     for shard, kinds in zip(engine.optimizer.shards if engine.optimizer is not None else (), plan.slices, strict=True):
-        _fill(shard.tensor, kinds[WEIGHT], reader)
-    for shard, fills in zip(engine.sharded_model.frozen_shards, plan.frozen, strict=True):
-        _fill(shard.tensor, fills, reader)
+        with model.trained.chunks[shard.bucket.index].changing():
+            _fill(shard.tensor, kinds[WEIGHT], reader)
+    for shard, fills in zip(model.frozen_shards, plan.frozen, strict=True):
+        with model.frozen.chunks[shard.bucket.index].changing():
+            _fill(shard.tensor, fills, reader)
     for name, tensor in untrained_tensors(engine).items():
         if name in plan.tensors:
             whole = torch.empty(tensor.numel(), dtype=tensor.dtype)

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
+UNLIMITED = 2**63 - 1
+
 ALIGNMENT = 32
 """Elements to which each parameter's start is aligned: 64 bytes at 16 bits, as torch's own CPU allocations are."""
 
@@ -137,25 +139,32 @@ class FlatLayout:
     shards: int
 
     @staticmethod
-    def build(parameters: Iterable[ParameterSpec], *, shards: int, bucket_numel: int) -> FlatLayout:
+    def build(
+        parameters: Iterable[ParameterSpec], *, shards: int, bucket_numel: int, unit_bucket_numel: int = UNLIMITED
+    ) -> FlatLayout:
         """Lay out ``parameters`` (in registration order) for ``shards`` ranks.
 
         Buckets fill in reverse registration order, which is about the order in which backward produces gradients,
-        and close before they would exceed ``bucket_numel`` elements; a larger parameter has a bucket of its own, and
-        a unit is never cut. They are ordered by the parameter that completes them.
+        and close before they would exceed ``bucket_numel`` elements, or in a unit ``unit_bucket_numel``; a larger
+        parameter has a bucket of its own. They are ordered by the parameter that completes them.
         """
         if shards < 1:
             raise ValueError(f"a layout needs at least one shard, got {shards}")
-        return FlatLayout((), shards).extended(parameters, bucket_numel=bucket_numel)
+        return FlatLayout((), shards).extended(
+            parameters, bucket_numel=bucket_numel, unit_bucket_numel=unit_bucket_numel
+        )
 
-    def extended(self, parameters: Iterable[ParameterSpec], *, bucket_numel: int) -> FlatLayout:
+    def extended(
+        self, parameters: Iterable[ParameterSpec], *, bucket_numel: int, unit_bucket_numel: int = UNLIMITED
+    ) -> FlatLayout:
         """This layout with further ``parameters`` in buckets of their own behind the others, which stay as they are."""
         filling: dict[tuple[int | None, int, str], _Filling] = {}
         buckets: list[_Filling] = []
         for position, spec in enumerate(reversed(list(parameters))):
             key = (spec.unit, spec.group, spec.dtype)
             start = filling[key].next_start if key in filling else 0
-            if key not in filling or (spec.unit is None and start + spec.numel > bucket_numel):
+            limit = bucket_numel if spec.unit is None else unit_bucket_numel
+            if key not in filling or start + spec.numel > limit:
                 start = 0
                 filling[key] = _Filling()
                 buckets.append(filling[key])

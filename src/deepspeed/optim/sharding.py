@@ -15,7 +15,7 @@ Each steps the slices by their :mod:`.segments`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -69,10 +69,10 @@ class Stepper(Protocol):
     """Applies optimizer steps to a rank's slices."""
 
     def step(
-        self, updates: Sequence[ShardUpdate], *, gradient_scale: float, finished: Callable[[FlatShard], None]
+        self, updates: Iterable[ShardUpdate], *, gradient_scale: float, finished: Callable[[FlatShard], None]
     ) -> None:
         """One step with each gradient times ``gradient_scale``. ``finished`` is called for each slice as soon as its
-        parameters are final."""
+        parameters are final. A stepper that goes slice by slice is done with one when it asks for the next."""
 
 
 @runtime_checkable
@@ -149,7 +149,7 @@ class _OnePass:
         self._stepping = stepping
 
     def step(
-        self, updates: Sequence[ShardUpdate], *, gradient_scale: float, finished: Callable[[FlatShard], None]
+        self, updates: Iterable[ShardUpdate], *, gradient_scale: float, finished: Callable[[FlatShard], None]
     ) -> None:
         for update in updates:
             for part in _parts(self._segments, update):
@@ -164,7 +164,7 @@ class _SliceBySlice:
         self._segments = segments
 
     def step(
-        self, updates: Sequence[ShardUpdate], *, gradient_scale: float, finished: Callable[[FlatShard], None]
+        self, updates: Iterable[ShardUpdate], *, gradient_scale: float, finished: Callable[[FlatShard], None]
     ) -> None:
         for update in updates:
             _step_on(self._segments.optimizer, _parts(self._segments, update), gradient_scale)
@@ -176,8 +176,9 @@ class _AllAtOnce:
         self._segments = segments
 
     def step(
-        self, updates: Sequence[ShardUpdate], *, gradient_scale: float, finished: Callable[[FlatShard], None]
+        self, updates: Iterable[ShardUpdate], *, gradient_scale: float, finished: Callable[[FlatShard], None]
     ) -> None:
+        updates = list(updates)
         parts = [part for update in updates for part in _parts(self._segments, update)]
         _step_on(self._segments.optimizer, parts, gradient_scale)
         for update in updates:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..memory.layout import Bucket, Fragment, Placement
+from ..memory.tiers import Chunk
 from ..optim.segments import is_elementwise
 from .optimizer import ShardedOptimizer
 
@@ -43,7 +44,7 @@ def make_inspectable(optimizer: ShardedOptimizer) -> None:
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
     """The fp32 value of ``param``, in its shape; None for a parameter that is not trained."""
     home = _find(param)
-    return None if home is None else _gathered([home], [home.own_part(home.master)])[0]
+    return None if home is None else _gathered([home], [home.master_part()])[0]
 
 
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
@@ -61,7 +62,7 @@ def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> 
     if home is None:
         return None
     state = home.state(optim_state_key)
-    return state.clone() if not state.dim() else _gathered([home], [_wide_copy(state)])[0]
+    return state if not state.dim() else _gathered([home], [state])[0]
 
 
 @torch.no_grad()
@@ -69,7 +70,7 @@ def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     """Give ``param`` the fp32 ``value`` (of its shape, the same on all ranks), and the model the value rounded."""
     home = _found(param)
     whole = home.checked(value, home.shape)
-    home.set_own_part(home.master, home.part_of(whole))
+    home.set_master_part(home.part_of(whole))
     home.set_parameter(param, whole)
 
 
@@ -87,7 +88,7 @@ def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_stat
     Raises KeyError for a key that the optimizer does not have."""
     home = _found(param)
     whole = home.checked(value, home.shape)
-    home.elementwise_state(optim_state_key).copy_(home.part_of(whole))
+    home.set_state(optim_state_key, home.part_of(whole))
 
 
 @torch.no_grad()
@@ -111,7 +112,7 @@ def safe_update_full_grad_vectorized(
 def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor | None:
     """This rank's part of the fp32 value of ``param``, 1-D; None for a parameter that is not trained."""
     home = _find(param)
-    return None if home is None else home.own_part(home.master)
+    return None if home is None else home.master_part()
 
 
 def safe_get_local_grad(param: nn.Parameter) -> Tensor | None:
@@ -127,16 +128,15 @@ def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) ->
     home = _find(param)
     if home is None:
         return None
-    state = home.state(optim_state_key)
-    return state.clone() if not state.dim() else _wide_copy(state)
+    return home.state(optim_state_key)
 
 
 @torch.no_grad()
 def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     """Set this rank's part of the fp32 value of ``param``; the model's value is then put together from all ranks'."""
     home = _found(param)
-    home.set_own_part(home.master, home.checked(value, home.local_shape))
-    home.set_parameter(param, _gathered([home], [home.own_part(home.master)])[0])
+    home.set_master_part(home.checked(value, home.local_shape))
+    home.set_parameter(param, _gathered([home], [home.master_part()])[0])
 
 
 @torch.no_grad()
@@ -152,7 +152,7 @@ def safe_set_local_optimizer_state(param: nn.Parameter, value: Tensor, optim_sta
     """Set this rank's part of the optimizer's state ``optim_state_key`` of ``param``. Raises KeyError for a key that
     the optimizer does not have."""
     home = _found(param)
-    home.elementwise_state(optim_state_key).copy_(home.checked(value, home.local_shape))
+    home.set_state(optim_state_key, home.checked(value, home.local_shape))
 
 
 # -- where a parameter's values lie --------------------------------------------------------------------------------------
@@ -171,8 +171,21 @@ class _Home:
         return self.placement.spec.name
 
     @property
-    def master(self) -> Tensor:
-        return self.optimizer.flat.masters[self.bucket.index]
+    def device(self) -> torch.device:
+        return self.optimizer.flat.masters[self.bucket.index].device
+
+    @property
+    def chunk(self) -> Chunk:
+        return self.optimizer.flat.chunks[self.bucket.index]
+
+    def master_part(self) -> Tensor:
+        """A copy of what this rank's master has of the parameter."""
+        with self.chunk.reading():
+            return self.own_part(self.optimizer.flat.masters[self.bucket.index])
+
+    def set_master_part(self, values: Tensor) -> None:
+        with self.chunk.changing():
+            self.set_own_part(self.optimizer.flat.masters[self.bucket.index], values)
 
     @cached_property
     def fragment(self) -> Fragment | None:
@@ -199,7 +212,8 @@ class _Home:
 
     def set_parameter(self, param: nn.Parameter, whole: Tensor) -> None:
         """Give the model the value ``whole``, rounded to its dtype."""
-        self.set_own_part(self.optimizer.flat.own_slice(self.bucket), self.part_of(whole))
+        with self.chunk.changing():
+            self.set_own_part(self.optimizer.flat.own_slice(self.bucket), self.part_of(whole))
         if param.numel():
             param.copy_(whole)
 
@@ -216,21 +230,29 @@ class _Home:
         return value.detach()
 
     def state(self, key: str) -> Tensor:
-        """This rank's part of a state, 1-D, its own memory; 0-dim for a state that is one number. A collective call."""
+        """A copy of this rank's part of a state, 1-D and in at least fp32; 0-dim for a state that is one number. A
+        collective call."""
+        with self.chunk.reading():
+            state = self._state(key)
+            return _wide_copy(state) if state.dim() else state.clone()
+
+    def set_state(self, key: str, values: Tensor) -> None:
+        """Change this rank's part of a state. A collective call."""
+        with self.chunk.changing():
+            state = self._state(key)
+            if not state.dim():
+                raise KeyError(f"{self.name}: the state '{key}' is one for many parameters; it cannot be set for one alone")
+            state.copy_(values)
+
+    def _state(self, key: str) -> Tensor:
         if not self.placement.spec.numel:
-            return self.master[:0]
+            return torch.empty(0, device=self.device)
         states = self._states()
         if key not in states:
             kind = type(self.optimizer.optimizer).__name__
             has = f"it has {', '.join(states)}" if states else "it has none before its first step"
             raise KeyError(f"{self.name}: the optimizer {kind} has no state '{key}'; {has}")
         return states[key]
-
-    def elementwise_state(self, key: str) -> Tensor:
-        state = self.state(key)
-        if not state.dim():
-            raise KeyError(f"{self.name}: the state '{key}' is one for many parameters; it cannot be set for one alone")
-        return state
 
     def _states(self) -> dict[str, Tensor]:
         """All states of the parameter. A rank that owns nothing of it learns their names and numbers from one that does."""
@@ -242,7 +264,7 @@ class _Home:
         if mine is not None:
             return mine
         theirs: dict[str, Tensor] = next((states for states in everyone if states is not None), {})
-        return {key: value.to(self.master.device) for key, value in theirs.items()}
+        return {key: value.to(self.device) for key, value in theirs.items()}
 
     def _own_states(self) -> dict[str, Tensor] | None:
         if self.fragment is None:
@@ -289,7 +311,7 @@ def _local_gradient(home: _Home) -> Tensor | None:
     reducer = home.optimizer.reducer
     if reducer.gradient(home.bucket) is None:
         return None
-    late = torch.tensor([float(flag) for flag in reducer.late()], device=home.master.device)
+    late = torch.tensor([float(flag) for flag in reducer.late()], device=home.device)
     purpose = f"look at the gradient of '{home.name}'"
     reducer.reduce_late([flag > 0 for flag in reducer.communicator.sum_in_rank_order(late, purpose=purpose).tolist()])
     gradient = reducer.gradient(home.bucket)

@@ -14,8 +14,9 @@ parameters have taken different steps (:mod:`deepspeed.optim.segments`).
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from ..comm.communicator import Communicator
 from ..comm.operations import Pending
 from ..memory.layout import Bucket
+from ..memory.tiers import Evictable
 from ..optim.loss_scaling import LossScaler
 from ..optim.segments import FlatShard, Segments
 from ..optim.sharding import ShardUpdate, make_stepper
@@ -79,6 +81,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         self.shards = tuple(FlatShard(flat.masters[bucket.index], bucket, flat.shard) for bucket in flat.layout.buckets)
         self._given = [group["params"] for group in optimizer.param_groups]
         self.segments = Segments(optimizer, self.shards)
+        self.hold_states(self.shards)
         self._stepper = make_stepper(self.segments, reducer.communicator)
 
     # -- the inner optimizer's face; class-level so that wrappers without our __dict__ keep it -----------------------
@@ -215,6 +218,12 @@ class ShardedOptimizer(DeepSpeedOptimizer):
             group["params"] = parameters
         self.shards = ()
 
+    def hold_states(self, shards: Iterable[FlatShard]) -> None:
+        """Move the optimizer's states of ``shards``, which have come to the segments, as the flat parameters do theirs."""
+        for shard in shards:
+            chunk = self.flat.chunks[shard.bucket.index]
+            chunk.include(functools.partial(self._states_below, shard))
+
     # -- steps of the step -------------------------------------------------------------------------------------------
 
     def _agree(self) -> GradientSummary:
@@ -238,7 +247,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
             unfrozen=bool(self.frozen.unfrozen()),
             counts=self.policy.shard_optimizer or self.communicator.rank == 0,
             communicator=self.communicator,
-            device=self.flat.masters[0].device,
+            device=self.flat.buffers[0].device,
         )
 
     def _clip_factor(self, norm: float) -> float:
@@ -255,9 +264,29 @@ class ShardedOptimizer(DeepSpeedOptimizer):
             if not self._overlap:
                 gathers.pop().wait()
 
-        self._stepper.step(updates, gradient_scale=gradient_scale, finished=gather)
+        self._stepper.step(self._streamed(updates), gradient_scale=gradient_scale, finished=gather)
         for pending in gathers:
             pending.wait()
+
+    def _streamed(self, updates: Sequence[ShardUpdate]) -> Iterator[ShardUpdate]:
+        """``updates``, each while its chunk is in memory: the next one is read and the last one is written meanwhile."""
+        chunks = [self.flat.chunks[update.shard.bucket.index] for update in updates]
+        try:
+            for index, update in enumerate(updates):
+                for chunk in chunks[index : index + 2]:
+                    chunk.start_fetch()
+                chunks[index].fetch()
+                yield update
+                chunks[index].start_evict()
+                if index:
+                    chunks[index - 1].evict()
+        finally:
+            for chunk in chunks:
+                chunk.evict()
+
+    def _states_below(self, shard: FlatShard) -> list[Evictable]:
+        tensors = [segment.tensor for segment in self.segments.of(shard)]
+        return self.flat.tiers.of_states(self.optimizer.state.get(tensor, {}) for tensor in tensors)
 
     def _gradients(self) -> Iterable[tuple[FlatShard, tuple[Bucket, Tensor]]]:
         return zip(self.shards, self.reducer.gradients(), strict=True)

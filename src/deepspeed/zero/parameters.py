@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from ..comm.communicator import Communicator
 from ..comm.operations import DONE, Pending
 from ..memory.layout import Bucket, FlatLayout, Placement
+from ..memory.tiers import Chunk, Evictable
+from ..native.files import Request
 from . import released
+from .tiers import IN_MEMORY, Tiers
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -33,8 +36,9 @@ class FlatParameters:
 
     ``buffers[i]`` is bucket i's whole buffer in the model's dtype; ``slices[i]`` is this shard's slice of it: a part of
     the buffer, or memory of its own where the bucket belongs to a unit, whose buffer comes and goes. ``masters[i]`` is
-    the slice in the dtype of the masters: the same memory where the model itself has that dtype. ``settle`` is called
-    before parameters change: what was gathered of them must not outlive the change.
+    the slice in the dtype of the masters: the same memory where the model itself has that dtype. ``chunks[i]`` is what of
+    these lies on ``tiers`` below memory: it is there while somebody reads or changes it. ``settle`` is called before
+    parameters change: what was gathered of them must not outlive the change.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class FlatParameters:
         *,
         shard: int,
         master_dtype: Callable[[torch.dtype], torch.dtype] = at_least_fp32,
+        tiers: Tiers = IN_MEMORY,
     ):
         self.layout = layout
         self.parameters = parameters
@@ -51,6 +56,8 @@ class FlatParameters:
         self.buffers: list[Tensor] = []
         self.slices: list[Tensor] = []
         self.masters: list[Tensor] = []
+        self.chunks: list[Chunk] = []
+        self.tiers = tiers
         self.settle: Callable[[], None] = lambda: None
         self._master_dtype = master_dtype
 
@@ -68,20 +75,22 @@ class FlatParameters:
             self._collect(bucket, wide, communicator)
             whole = wide.to(dtype)
             own = whole[bucket.slice_range(self.shard)]
-            if bucket.unit is not None and bucket.shards > 1:
+            if self.keeps_apart(bucket):
                 own = own.clone()
             self.buffers.append(whole)
             self.slices.append(own)
             self.masters.append(own if wide is whole else wide[bucket.slice_range(self.shard)].clone())
             self._make_views(bucket)
+            self._add_chunk(bucket)
             yield bucket
 
     def put_in(self, bucket: Bucket, own: Tensor) -> None:
         """Have ``own`` as this shard's slice of a unit's ``bucket``, the next one. The whole buffer is not filled: the unit
         is to be released."""
-        self.buffers.append(own.new_empty(bucket.numel) if bucket.shards > 1 else own)
+        self.buffers.append(own.new_empty(bucket.numel) if self.keeps_apart(bucket) else own)
         self.slices.append(own)
         self.masters.append(own)
+        self._add_chunk(bucket)
 
     def extend(self, layout: FlatLayout, parameters: Mapping[str, nn.Parameter], communicator: Communicator) -> None:
         """Follow ``layout``, which has ``parameters`` in further buckets, and move these in."""
@@ -107,6 +116,14 @@ class FlatParameters:
         if not same_everywhere:
             communicator.broadcast(wide, purpose=f"broadcast of {bucket.label}").wait()
 
+    def _add_chunk(self, bucket: Bucket) -> None:
+        def mine() -> list[Evictable]:
+            return self.tiers.of(bucket, self.slices[bucket.index], self.masters[bucket.index])
+
+        self.chunks.append(Chunk())
+        self.chunks[-1].include(mine)
+        self.chunks[-1].evict()
+
     def drop_masters(self) -> None:
         """Keep the values in the model's dtype alone."""
         self.masters = list(self.slices)
@@ -118,6 +135,17 @@ class FlatParameters:
     def own_slice(self, bucket: Bucket) -> Tensor:
         """This shard's slice of the bucket, in the model's dtype."""
         return self.slices[bucket.index]
+
+    def keeps_apart(self, bucket: Bucket) -> bool:
+        """Whether the slice is not a part of the whole buffer."""
+        return bucket.unit is not None and (bucket.shards > 1 or self.tiers.parameters is not None)
+
+    def start_copy(self, bucket: Bucket, target: Tensor) -> Request | None:
+        """Begin to copy a unit's slice to ``target``; None where it is there already."""
+        if self.tiers.parameters is None:
+            target.copy_(self.own_slice(bucket))
+            return None
+        return self.tiers.parameters.evictable(self.own_slice(bucket)).start_copy(target)
 
     def has_separate_master(self, bucket: Bucket) -> bool:
         """Whether the bucket's master is a tensor of its own."""
@@ -134,9 +162,10 @@ class FlatParameters:
             if self.parameters[fragment.spec.name] is parameter:
                 start = fragment.parameter_start
                 values = parameter.detach().reshape(-1)[start : start + fragment.numel]
-                self.own_slice(bucket)[fragment.slice_range] = values
-                if self.has_separate_master(bucket):
-                    self.masters[bucket.index][fragment.slice_range] = values
+                with self.chunks[bucket.index].changing():
+                    self.own_slice(bucket)[fragment.slice_range] = values
+                    if self.has_separate_master(bucket):
+                        self.masters[bucket.index][fragment.slice_range] = values
 
     @contextmanager
     def detached(self, communicator: Communicator) -> Iterator[None]:
@@ -148,7 +177,8 @@ class FlatParameters:
         wholes = []
         for bucket, master in zip(self.layout.buckets, self.masters, strict=True):
             whole = master.new_zeros(bucket.numel)
-            whole[bucket.slice_range(self.shard)] = master
+            with self.chunks[bucket.index].reading():
+                whole[bucket.slice_range(self.shard)] = master
             if bucket.shards > 1:
                 communicator.all_gather(whole, purpose=f"gather of the masters of {bucket.label}").wait()
             wholes.append(whole)
@@ -161,7 +191,8 @@ class FlatParameters:
                 for placement in bucket.placements:
                     value = self.parameters[placement.spec.name].detach()
                     whole[placement.start : placement.stop].view(placement.spec.shape).copy_(value)
-                self.masters[bucket.index].copy_(whole[bucket.slice_range(self.shard)])
+                with self.chunks[bucket.index].changing():
+                    self.masters[bucket.index].copy_(whole[bucket.slice_range(self.shard)])
         finally:
             for bucket in self.layout.buckets:
                 self._take_back(bucket)
@@ -171,13 +202,15 @@ class FlatParameters:
         ``load_state_dict``."""
         for bucket in self.layout.buckets:
             if self.has_separate_master(bucket):
-                self.masters[bucket.index].copy_(self.own_slice(bucket))
+                with self.chunks[bucket.index].changing():
+                    self.masters[bucket.index].copy_(self.own_slice(bucket))
 
     def parameters_from_masters(self, communicator: Communicator) -> None:
         """Overwrite the model's values with the masters, gathered from all shards."""
         for bucket in self.layout.buckets:
             if self.has_separate_master(bucket):
-                self.own_slice(bucket).copy_(self.masters[bucket.index])
+                with self.chunks[bucket.index].changing():
+                    self.own_slice(bucket).copy_(self.masters[bucket.index])
             self.gather(bucket, communicator).wait()
 
     def gather(self, bucket: Bucket, communicator: Communicator) -> Pending:

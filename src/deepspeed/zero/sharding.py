@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..comm.communicator import Communicator
-from ..memory.layout import FlatLayout, ParameterSpec
+from ..memory.layout import UNLIMITED, FlatLayout, ParameterSpec
 from ..optim.segments import FlatShard
 from . import released
 from .fetching import FetchLimits, UnitFetcher
@@ -17,6 +17,7 @@ from .parameters import FlatParameters, unchanged
 from .plan import UnitPlan
 from .released import home_of, shape_of
 from .scopes import ModuleScopes
+from .tiers import IN_MEMORY, Tiers
 from .units import ParameterUnit, Replica, Resident, UnitPart
 
 
@@ -38,6 +39,7 @@ class ModelLayout:
         dtype_of: Callable[[torch.Tensor], torch.dtype],
         shards: int,
         bucket_numel: int,
+        unit_bucket_numel: int = UNLIMITED,
     ) -> ModelLayout:
         """Lay out ``module`` for ``shards`` ranks. ``group_of`` is the optimizer group of each trained parameter, by
         its first name; ``dtype_of`` says which dtype a parameter is to have."""
@@ -53,11 +55,11 @@ class ModelLayout:
         ]
         trained = [spec for spec in specs if spec.name in group_of]
         frozen = [spec for spec in specs if spec.name not in group_of and spec.unit is not None]
-        return ModelLayout(
-            plan,
-            FlatLayout.build(trained, shards=shards, bucket_numel=bucket_numel),
-            FlatLayout.build(frozen, shards=shards, bucket_numel=bucket_numel),
-        )
+
+        def build(of: Iterable[ParameterSpec]) -> FlatLayout:
+            return FlatLayout.build(of, shards=shards, bucket_numel=bucket_numel, unit_bucket_numel=unit_bucket_numel)
+
+        return ModelLayout(plan, build(trained), build(frozen))
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,18 @@ class ShardedModel:
 
 
 def move_in(
-    module: nn.Module, layout: ModelLayout, communicator: Communicator, fetching: Communicator, limits: FetchLimits
+    module: nn.Module,
+    layout: ModelLayout,
+    communicator: Communicator,
+    fetching: Communicator,
+    limits: FetchLimits,
+    tiers: Tiers = IN_MEMORY,
 ) -> ShardedModel:
     """Move the parameters of ``module`` into the buffers of ``layout``, with rank 0's values. Units are released as soon
     as they are complete.
 
     ``fetching`` is the communicator of units: a group of its own, since the order of fetches and reductions relative to
-    each other may differ between ranks.
+    each other may differ between ranks. What lies on ``tiers`` goes there as soon as it is complete.
     """
     named = dict(module.named_parameters())
     for name, parameter in named.items():
@@ -111,8 +118,8 @@ def move_in(
             _make_whole(parameter)
     parts: dict[int, list[UnitPart]] = {index: [] for index in range(len(layout.plan.names))}
     shard = communicator.rank if layout.trained.shards > 1 else 0
-    trained = FlatParameters(layout.trained, _of(layout.trained, named), shard=shard)
-    frozen = FlatParameters(layout.frozen, _of(layout.frozen, named), shard=shard, master_dtype=unchanged)
+    trained = FlatParameters(layout.trained, _of(layout.trained, named), shard=shard, tiers=tiers)
+    frozen = FlatParameters(layout.frozen, _of(layout.frozen, named), shard=shard, master_dtype=unchanged, tiers=tiers)
     for flat in (trained, frozen):
         for bucket in flat.move_in(communicator):
             if bucket.unit is not None:

@@ -85,3 +85,4 @@ def unfreeze(optimizer: ShardedOptimizer, names: Collection[str]) -> None:
     optimizer.reducer.extend(buckets, parameters)
     optimizer.segments.extend([FlatShard(flat.masters[bucket.index], bucket, flat.shard) for bucket in buckets])
     optimizer.shards = optimizer.segments.shards
+    optimizer.hold_states(optimizer.shards[known:])

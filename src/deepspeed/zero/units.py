@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ..comm.communicator import Communicator
-from ..comm.operations import Pending
+from ..comm.operations import DONE, Pending
 from ..memory.layout import Bucket
+from ..native.files import Request
 from . import released
 from .parameters import FlatParameters
 
@@ -49,7 +50,7 @@ class UnitState(Enum):
 
 class UnitPart:
     """The parameters of ``bucket`` of ``flat``, which have moved in. With a single rank the whole buffer is the slice
-    itself, and never freed."""
+    itself, and never freed, unless the slice lies below memory."""
 
     def __init__(self, flat: FlatParameters, bucket: Bucket):
         self.flat = flat
@@ -66,10 +67,15 @@ class UnitPart:
 
     def start_fetch(self, communicator: Communicator, *, tag: int, purpose: str) -> Pending:
         """Begin to gather the whole buffer, under a tag of its unit's."""
-        if self.bucket.shards > 1:
-            self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
-            self.whole[self.bucket.slice_range(communicator.rank)].copy_(self.flat.own_slice(self.bucket))
-        return communicator.all_gather(self.whole, tag=tag, purpose=purpose)
+        if not self.flat.keeps_apart(self.bucket):
+            return DONE
+        self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
+        request = self.flat.start_copy(self.bucket, self.whole[self.bucket.slice_range(self.flat.shard)])
+
+        def gather() -> Pending:
+            return communicator.all_gather(self.whole, tag=tag, purpose=purpose)
+
+        return gather() if request is None else _GatherOfRead(request, gather)
 
     def expose(self) -> None:
         """Make the buffer the parameters' memory."""
@@ -84,8 +90,20 @@ class UnitPart:
     def release(self) -> None:
         """Take the memory from the parameters and free it."""
         self.conceal()
-        if self.bucket.shards > 1:
+        if self.flat.keeps_apart(self.bucket):
             self.whole.untyped_storage().resize_(0)
+
+
+class _GatherOfRead:
+    """A ``gather`` that begins when the own slice has been read: when it is waited for. All ranks wait in one order."""
+
+    def __init__(self, request: Request, gather: Callable[[], Pending]):
+        self._request = request
+        self._gather = gather
+
+    def wait(self) -> None:
+        self._request.wait()
+        self._gather().wait()
 
 
 class ParameterUnit:

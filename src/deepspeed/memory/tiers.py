@@ -1,0 +1,205 @@
+"""The tier below memory: a file that holds the memory of tensors while nobody computes with them.
+
+The nouns:
+
+- *evictable*: one storage, and its place in the file. Its memory is freed and allocated again, never replaced: all tensors
+  that are views of it stay what they are, and optimizer states keep their keys.
+- *chunk*: the evictables that are needed together, such as a slice's master and moments. It is *held* while somebody
+  computes with it; what is not held is in the file.
+
+Reading and writing go on beside computing: ``start_...`` returns at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..native.files import Request, ScratchFile
+
+
+class Residence(Enum):
+    """Where the bytes of an evictable are."""
+
+    MEMORY = "in memory; the file has an older state of them, or none"
+    LEAVING = "in memory, and on their way to the file"
+    FILE = "in the file; the storage is empty"
+    COMING = "in the file, and on their way to memory"
+
+
+class Evictable:
+    """The memory of ``storage``, whose place in the file begins at ``offset`` (bytes)."""
+
+    def __init__(self, storage: torch.UntypedStorage, file: ScratchFile, offset: int):
+        self.residence = Residence.MEMORY
+        self.nbytes = storage.nbytes()
+        self._storage = storage
+        self._file = file
+        self._offset = offset
+        self._request: Request | None = None
+
+    def start_fetch(self) -> None:
+        """Begin to read the bytes, where they are not in memory."""
+        if self.residence is Residence.LEAVING:
+            self._finish()
+        if self.residence is Residence.FILE:
+            self._storage.resize_(self.nbytes)
+            self._request = self._file.submit_read(self._bytes(), self._offset)
+            self.residence = Residence.COMING
+
+    def fetch(self) -> None:
+        """Have the bytes in memory."""
+        self.start_fetch()
+        if self.residence is Residence.COMING:
+            self._finish()
+
+    def claim(self) -> None:
+        """Have memory for bytes that are about to be overwritten: nothing is read."""
+        self._finish()
+        if self.residence is Residence.FILE:
+            self._storage.resize_(self.nbytes)
+            self.residence = Residence.MEMORY
+
+    def start_evict(self) -> None:
+        """Begin to write the bytes."""
+        if self.residence is Residence.COMING:
+            self._finish()
+        if self.residence is Residence.MEMORY:
+            self._request = self._file.submit_write(self._bytes(), self._offset)
+            self.residence = Residence.LEAVING
+
+    def evict(self) -> None:
+        """Have the bytes in the file alone."""
+        self.start_evict()
+        self._finish()
+
+    def drop(self) -> None:
+        """Free the memory of bytes that are as they were read."""
+        self._finish()
+        if self.residence is Residence.MEMORY:
+            self._free()
+
+    def start_copy(self, target: Tensor) -> Request | None:
+        """Begin to copy the bytes to ``target``, of the same size; None where they are there already."""
+        if self.residence is Residence.COMING:
+            self._finish()
+        if self.residence is Residence.FILE:
+            return self._file.submit_read(target.view(torch.uint8), self._offset)
+        target.view(torch.uint8).copy_(self._bytes())
+        return None
+
+    def _finish(self) -> None:
+        request, self._request = self._request, None
+        if request is None:
+            return
+        request.wait()
+        if self.residence is Residence.COMING:
+            self.residence = Residence.MEMORY
+        else:
+            self._free()
+
+    def _free(self) -> None:
+        self._storage.resize_(0)
+        self.residence = Residence.FILE
+
+    def _bytes(self) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8).set_(self._storage)
+
+
+class FileTier:
+    """A file without a name in the directory ``folder``: it is gone when this process is, however that ends."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._file = ScratchFile(folder)
+        self._known: dict[int, Evictable] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the file."""
+        return self._file.nbytes
+
+    def evictable(self, tensor: Tensor) -> Evictable:
+        """The evictable that is the memory of ``tensor``."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._known:
+            self._known[key] = Evictable(storage, self._file, self._file.allocate(storage.nbytes()))
+        return self._known[key]
+
+    def close(self) -> None:
+        """Give the file up."""
+        self._known.clear()
+        self._file.close()
+
+
+class Chunk:
+    """The evictables that ``sources`` return: which these are may change while the chunk is in memory."""
+
+    def __init__(self) -> None:
+        self._sources: list[Callable[[], Iterable[Evictable]]] = []
+        self._holders = 0
+        self._changed = False
+
+    def include(self, source: Callable[[], Iterable[Evictable]]) -> None:
+        """Move what ``source`` returns, too."""
+        self._sources.append(source)
+
+    def evictables(self) -> list[Evictable]:
+        """Those that there are now."""
+        found = {id(evictable): evictable for source in self._sources for evictable in source()}
+        return list(found.values())
+
+    def start_fetch(self) -> None:
+        """Begin to read what is not in memory."""
+        for evictable in self.evictables():
+            evictable.start_fetch()
+
+    def fetch(self) -> None:
+        """Have all in memory."""
+        self.start_fetch()
+        for evictable in self.evictables():
+            evictable.fetch()
+
+    def start_evict(self) -> None:
+        """Begin to write all."""
+        for evictable in self.evictables():
+            evictable.start_evict()
+
+    def evict(self) -> None:
+        """Have all in the file alone."""
+        self.start_evict()
+        for evictable in self.evictables():
+            evictable.evict()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Within, all is in memory, to be read."""
+        self._holders += 1
+        self.fetch()
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            if not self._holders:
+                self._let_go()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Within, all is in memory, and what changes is kept."""
+        with self.reading():
+            self._changed = True
+            yield
+
+    def _let_go(self) -> None:
+        changed, self._changed = self._changed, False
+        if changed:
+            self.evict()
+            return
+        for evictable in self.evictables():
+            evictable.drop()
