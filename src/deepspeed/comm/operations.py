@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 class CollectiveError(RuntimeError):
@@ -90,6 +91,21 @@ class Started:
 
     def _account(self, peer: int | None, error: RuntimeError) -> str:
         return in_vain(self._collective, peer, error, since=self._since)
+
+
+class Converted:
+    """An ``operation`` on ``sent`` whose result belongs in ``landing``."""
+
+    def __init__(self, operation: Pending, sent: Tensor, landing: Tensor):
+        self._operation = operation
+        self._sent = sent
+        self._landing = landing
+
+    def wait(self) -> None:
+        """Wait for the operation, then have the result in its place."""
+        self._operation.wait()
+        if self._sent is not self._landing:
+            self._landing.copy_(self._sent)
 
 
 def in_vain(collective: Collective, peer: int | None, error: BaseException, *, since: float) -> str:

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from .section import Int, Lowered, Real, Section, key
 
+UNLIMITED = 2**63 - 1
+
 OffloadDevice = Annotated[Literal["none", "cpu", "nvme"], Lowered]
 
 
@@ -14,10 +16,17 @@ class OffloadParamConfig(Section):
 
     device: OffloadDevice = key("none", "none, cpu or nvme.")
     nvme_path: str | None = key(None, "A directory on the NVMe device.")
-    buffer_count: Int = key(5, "Buffers for parameters on their way.", unit="buffers", ge=1)
+    buffer_count: Int = key(5, "Buffers for parameters that are read ahead with device nvme.", unit="buffers", ge=1)
     buffer_size: Int = key(100_000_000, "Size of a buffer.", unit="elements", ge=0)
-    max_in_cpu: Int = key(1_000_000_000, "Parameters kept in CPU memory with device nvme.", unit="elements", ge=0)
-    pin_memory: bool = key(False, "Page-lock the CPU memory.")
+    max_in_cpu: Int = key(
+        1_000_000_000, "Elements of each rank's parameters that stay in CPU memory with device nvme.", unit="elements", ge=0
+    )
+    pin_memory: bool = key(False, "Page-lock the CPU memory: without an accelerator either value is right.")
+
+    @property
+    def most_ahead(self) -> int:
+        """Elements that may be read ahead."""
+        return self.buffer_count * self.buffer_size if self.device == "nvme" else UNLIMITED
 
 
 class OffloadOptimizerConfig(Section):
@@ -25,16 +34,28 @@ class OffloadOptimizerConfig(Section):
 
     device: OffloadDevice = key("none", "none, cpu or nvme.")
     nvme_path: str | None = key(None, "A directory on the NVMe device.")
-    buffer_count: Int = key(4, "Buffers for states on their way.", unit="buffers", ge=1)
-    buffer_size: Int = key(100_000_000, "Size of a buffer.", unit="elements", ge=0)
-    pin_memory: bool = key(False, "Page-lock the CPU memory.")
-    pipeline: bool = key(False, "Overlap reading and writing with the step.")
-    pipeline_read: bool = key(False, "Overlap reading with the step.")
-    pipeline_write: bool = key(False, "Overlap writing with the step.")
-    fast_init: bool = key(False, "Initialize states on NVMe faster.")
+    buffer_count: Int = key(
+        4, "Buffers for states on their way with device nvme: the step has no more in memory at once.", unit="buffers", ge=1
+    )
+    buffer_size: Int = key(100_000_000, "Size of a buffer, of fp32 elements.", unit="elements", ge=0)
+    pin_memory: bool = key(False, "Page-lock the CPU memory: without an accelerator either value is right.")
+    pipeline: bool | None = key(None, "Overlap reading and writing with the step: both of the next two.")
+    pipeline_read: bool = key(True, "Overlap reading with the step.")
+    pipeline_write: bool = key(True, "Overlap writing with the step.")
+    fast_init: bool = key(False, "Initialize states on NVMe faster: always so here, either value is right.")
     ratio: Real = key(1.0, "The part of the states that is offloaded.", unit="fraction", ge=0, le=1)
     cpuadam_cores_perc: Real = key(0.8, "The part of the cores that steps (SuperOffload).", unit="fraction", ge=0, le=1)
     super_offload: bool = key(False, "SuperOffload.")
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether a chunk is read while another is stepped."""
+        return self.pipeline_read if self.pipeline is None else self.pipeline
+
+    @property
+    def writes_behind(self) -> bool:
+        """Whether a chunk is written while another is stepped."""
+        return self.pipeline_write if self.pipeline is None else self.pipeline
 
 
 class AioConfig(Section):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from .offload import OffloadOptimizerConfig, OffloadParamConfig
+from .offload import UNLIMITED, OffloadOptimizerConfig, OffloadParamConfig
 from .section import Int, Most, Real, Section, key
-
-UNLIMITED = 2**63 - 1
 
 
 class ZenFlowConfig(Section):

@@ -26,7 +26,7 @@ from ..zero.policy import ZeroPolicy
 from ..zero.reducer import GradientReducer, ReductionSettings, is_reduced
 from ..zero.released import shape_of
 from ..zero.sharding import ModelLayout, ShardedModel, move_in
-from ..zero.tiers import Tiers
+from ..zero.tiers import Allowance, GradientTier, Tiers
 from ..zero.unfreezing import FrozenParameters
 from .agreement import check_ranks_agree, describe
 from .precision import PrecisionPolicy, build_loss_scaler
@@ -104,10 +104,14 @@ def build_layout(
 
 
 def chunk_numel(config: DeepSpeedConfig) -> int:
-    """The most elements of a slice that move to or from a file at once, a larger parameter apart."""
+    """The most elements of a slice that the step has in memory as a chunk, a larger parameter apart: the buffers, of fp32
+    elements, hold as many chunks of 16 bytes per element as there are at once."""
     zero = config.zero_optimization
-    sizes = [offload.buffer_size for offload in (zero.offload_optimizer, zero.offload_param) if offload.device == "nvme"]
-    return min([zero.sub_group_size, *sizes]) if sizes else UNLIMITED
+    offload = zero.offload_optimizer
+    if offload.device != "nvme":
+        return UNLIMITED
+    at_once = 1 + offload.reads_ahead + offload.writes_behind
+    return max(1, min(zero.sub_group_size, offload.buffer_count * offload.buffer_size // (4 * at_once)))
 
 
 def build_tiers(config: DeepSpeedConfig) -> Tiers:
@@ -124,7 +128,14 @@ def build_tiers(config: DeepSpeedConfig) -> Tiers:
             files[folder] = FileTier(folder)
         return files[folder]
 
-    return Tiers(parameters=tier(zero.offload_param), states=tier(zero.offload_optimizer))
+    return Tiers(
+        parameters=tier(zero.offload_param),
+        states=tier(zero.offload_optimizer),
+        parameters_in_memory=Allowance(numel=zero.offload_param.max_in_cpu),
+        states_in_memory=Allowance(share=1 - zero.offload_optimizer.ratio),
+        ahead=zero.offload_optimizer.reads_ahead,
+        behind=zero.offload_optimizer.writes_behind,
+    )
 
 
 def unit_limits(config: DeepSpeedConfig) -> UnitLimits:
@@ -143,7 +154,7 @@ def fetch_limits(config: DeepSpeedConfig) -> FetchLimits:
     """What bounds the parameters that are whole at once, and whether wrong guesses are logged."""
     zero = config.zero_optimization
     return FetchLimits(
-        ahead=zero.stage3_prefetch_bucket_size,
+        ahead=min(zero.stage3_prefetch_bucket_size, zero.offload_param.most_ahead),
         reuse=zero.stage3_max_reuse_distance,
         live=zero.stage3_max_live_parameters,
         log_misses=zero.log_trace_cache_warnings,
@@ -213,7 +224,15 @@ def shard_model(
     frozen = FrozenParameters(dict(module.named_parameters()), groups, bucket_numel=size)
     settings = reduction_settings(config, precision, ranks=communicator.size)
     policy = ZeroPolicy.for_stage(config.zero_optimization.stage)
-    reducer = GradientReducer(layout.trained, named, policy=policy, communicator=communicator, settings=settings)
+    below = GradientTier(tiers.states) if tiers.states is not None else None
+    reducer = GradientReducer(
+        layout.trained,
+        named,
+        policy=policy,
+        communicator=communicator,
+        settings=settings,
+        tier_of=lambda bucket: below if model.trained.state_tiers[bucket.index] is not None else None,
+    )
     sharded = ShardedOptimizer(
         optimizer,
         model.trained,

@@ -316,7 +316,8 @@ def _local_gradient(home: _Home) -> Tensor | None:
     reducer.reduce_late([flag > 0 for flag in reducer.communicator.sum_in_rank_order(late, purpose=purpose).tolist()])
     gradient = reducer.gradient(home.bucket)
     assert gradient is not None, "a bucket that was reduced keeps its gradient until the step"
-    return home.own_part(gradient).div_(home.optimizer.loss_scale)
+    with home.chunk.reading():
+        return home.own_part(gradient).div_(home.optimizer.loss_scale)
 
 
 def _set_local_gradient(home: _Home, values: Tensor) -> None:
@@ -326,7 +327,9 @@ def _set_local_gradient(home: _Home, values: Tensor) -> None:
             f"{home.name}: there is no gradient to set; it can be set between the backward of the accumulation boundary "
             "and the step"
         )
-    home.set_own_part(gradient, values * home.optimizer.loss_scale)
+    with home.chunk.changing():
+        home.set_own_part(gradient, values * home.optimizer.loss_scale)
+        home.optimizer.reducer.changed(home.bucket)
     # A step leaves parameters alone that no backward reached; this one is to be stepped.
     home.optimizer.reducer.used.add(home.name)
 

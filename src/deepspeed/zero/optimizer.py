@@ -34,6 +34,7 @@ from .parameters import FlatParameters
 from .policy import ZeroPolicy
 from .reducer import GradientReducer
 from .summary import GradientSummary, summarize
+from .tiers import elementwise
 from .unfreezing import FrozenParameters, unfreeze
 
 logger = logging.getLogger("DeepSpeed")
@@ -219,10 +220,10 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         self.shards = ()
 
     def hold_states(self, shards: Iterable[FlatShard]) -> None:
-        """Move the optimizer's states of ``shards``, which have come to the segments, as the flat parameters do theirs."""
+        """Let states and gradients of ``shards``, which have come to the segments, move with the masters."""
         for shard in shards:
             chunk = self.flat.chunks[shard.bucket.index]
-            chunk.include(functools.partial(self._states_below, shard))
+            chunk.include(functools.partial(self._below_memory, shard))
 
     # -- steps of the step -------------------------------------------------------------------------------------------
 
@@ -241,7 +242,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
 
     def _summarize(self) -> GradientSummary:
         return summarize(
-            (gradient for _, gradient in self.reducer.gradients()),
+            self.reducer.squared_norms(),
             late=self.reducer.late(),
             used=[name in self.reducer.used for name in self.flat.layout.homes],
             unfrozen=bool(self.frozen.unfrozen()),
@@ -270,23 +271,27 @@ class ShardedOptimizer(DeepSpeedOptimizer):
 
     def _streamed(self, updates: Sequence[ShardUpdate]) -> Iterator[ShardUpdate]:
         """``updates``, each while its chunk is in memory: the next one is read and the last one is written meanwhile."""
+        tiers = self.flat.tiers
         chunks = [self.flat.chunks[update.shard.bucket.index] for update in updates]
         try:
             for index, update in enumerate(updates):
-                for chunk in chunks[index : index + 2]:
+                for chunk in chunks[index : index + 1 + tiers.ahead]:
                     chunk.start_fetch()
                 chunks[index].fetch()
                 yield update
+                self.reducer.consume(update.shard.bucket)
                 chunks[index].start_evict()
-                if index:
-                    chunks[index - 1].evict()
+                if index >= tiers.behind:
+                    chunks[index - tiers.behind].evict()
         finally:
             for chunk in chunks:
                 chunk.evict()
 
-    def _states_below(self, shard: FlatShard) -> list[Evictable]:
-        tensors = [segment.tensor for segment in self.segments.of(shard)]
-        return self.flat.tiers.of_states(self.optimizer.state.get(tensor, {}) for tensor in tensors)
+    def _below_memory(self, shard: FlatShard) -> list[Evictable]:
+        states = (self.optimizer.state.get(segment.tensor, {}) for segment in self.segments.of(shard))
+        file = self.flat.state_tiers[shard.bucket.index]
+        mine = [] if file is None else [file.evictable(tensor) for tensor in elementwise(states)]
+        return mine + self.reducer.below_memory(shard.bucket)
 
     def _gradients(self) -> Iterable[tuple[FlatShard, tuple[Bucket, Tensor]]]:
         return zip(self.shards, self.reducer.gradients(), strict=True)
@@ -297,12 +302,11 @@ class ShardedOptimizer(DeepSpeedOptimizer):
 
     def _report_non_finite(self) -> None:
         """Name the parameters whose reduced gradient is not finite in this rank's slices."""
-        found = [
-            fragment.spec.name
-            for shard, (_, gradient) in self._gradients()
-            for fragment in shard.fragments
-            if not bool(gradient[fragment.slice_range].isfinite().all())
-        ]
+        found = []
+        for shard, (bucket, gradient) in self._gradients():
+            with self.flat.chunks[bucket.index].reading():
+                wrong = [f for f in shard.fragments if not bool(gradient[f.slice_range].isfinite().all())]
+            found += [fragment.spec.name for fragment in wrong]
         if found or self.communicator.rank == 0:
             where = f" in {', '.join(found[:5])}{' and others' if len(found) > 5 else ''}" if found else ""
             logger.warning(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..comm.communicator import Communicator
 from ..comm.operations import DONE, Pending
 from ..memory.layout import Bucket, FlatLayout, Placement
-from ..memory.tiers import Chunk, Evictable
+from ..memory.tiers import Chunk, Evictable, FileTier
 from ..native.files import Request
 from . import released
 from .tiers import IN_MEMORY, Tiers
@@ -57,6 +57,8 @@ class FlatParameters:
         self.slices: list[Tensor] = []
         self.masters: list[Tensor] = []
         self.chunks: list[Chunk] = []
+        self.parameter_tiers: list[FileTier | None] = []
+        self.state_tiers: list[FileTier | None] = []
         self.tiers = tiers
         self.settle: Callable[[], None] = lambda: None
         self._master_dtype = master_dtype
@@ -75,6 +77,7 @@ class FlatParameters:
             self._collect(bucket, wide, communicator)
             whole = wide.to(dtype)
             own = whole[bucket.slice_range(self.shard)]
+            self.parameter_tiers.append(self.tiers.of_parameters(bucket))
             if self.keeps_apart(bucket):
                 own = own.clone()
             self.buffers.append(whole)
@@ -87,6 +90,7 @@ class FlatParameters:
     def put_in(self, bucket: Bucket, own: Tensor) -> None:
         """Have ``own`` as this shard's slice of a unit's ``bucket``, the next one. The whole buffer is not filled: the unit
         is to be released."""
+        self.parameter_tiers.append(self.tiers.of_parameters(bucket))
         self.buffers.append(own.new_empty(bucket.numel) if self.keeps_apart(bucket) else own)
         self.slices.append(own)
         self.masters.append(own)
@@ -117,8 +121,15 @@ class FlatParameters:
             communicator.broadcast(wide, purpose=f"broadcast of {bucket.label}").wait()
 
     def _add_chunk(self, bucket: Bucket) -> None:
+        """Let the slice and the master of ``bucket`` move to their tiers."""
+        parameters, states = self.parameter_tiers[bucket.index], self.tiers.of_states(bucket)
+        self.state_tiers.append(states)
+
         def mine() -> list[Evictable]:
-            return self.tiers.of(bucket, self.slices[bucket.index], self.masters[bucket.index])
+            own, master = self.slices[bucket.index], self.masters[bucket.index]
+            slices = [parameters.evictable(own)] if parameters is not None and own.numel() else []
+            masters = [states.evictable(master)] if states is not None and master is not own and master.numel() else []
+            return slices + masters
 
         self.chunks.append(Chunk())
         self.chunks[-1].include(mine)
@@ -138,14 +149,15 @@ class FlatParameters:
 
     def keeps_apart(self, bucket: Bucket) -> bool:
         """Whether the slice is not a part of the whole buffer."""
-        return bucket.unit is not None and (bucket.shards > 1 or self.tiers.parameters is not None)
+        return bucket.unit is not None and (bucket.shards > 1 or self.parameter_tiers[bucket.index] is not None)
 
     def start_copy(self, bucket: Bucket, target: Tensor) -> Request | None:
         """Begin to copy a unit's slice to ``target``; None where it is there already."""
-        if self.tiers.parameters is None:
+        tier = self.parameter_tiers[bucket.index]
+        if tier is None:
             target.copy_(self.own_slice(bucket))
             return None
-        return self.tiers.parameters.evictable(self.own_slice(bucket)).start_copy(target)
+        return tier.evictable(self.own_slice(bucket)).start_copy(target)
 
     def has_separate_master(self, bucket: Bucket) -> bool:
         """Whether the bucket's master is a tensor of its own."""

@@ -29,11 +29,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .. import native
 from ..comm.communicator import Communicator
-from ..comm.operations import Pending
+from ..comm.operations import Converted, Pending
 from ..memory.layout import Bucket, FlatLayout, Placement
 from ..memory.pool import BufferPool
+from ..memory.tiers import Evictable
 from .policy import ZeroPolicy
+from .tiers import GradientTier, in_memory
 
 MAXIMUM_IN_FLIGHT = 2
 """Buckets whose reduction may be under way at once; it bounds the transient memory."""
@@ -67,6 +70,7 @@ class _BucketGradient:
     launched: bool = False
     gradient: Tensor | None = None
     kept: Tensor | None = None
+    tier: GradientTier | None = None
 
     @property
     def complete(self) -> bool:
@@ -117,11 +121,13 @@ class GradientReducer:
         policy: ZeroPolicy,
         communicator: Communicator,
         settings: ReductionSettings,
+        tier_of: Callable[[Bucket], GradientTier | None] = in_memory,
     ):
         self.policy = policy
         self.communicator = communicator
         self.settings = settings
         self.used: set[str] = set()
+        self._tier_of = tier_of
         self._parameters: Mapping[str, nn.Parameter] = {}
         self._buckets: list[_BucketGradient] = []
         self._hooks: list[RemovableHandle] = []
@@ -163,6 +169,8 @@ class GradientReducer:
         while self._waiting:
             self._launch(self._waiting.pop(0))
         self._complete_in_flight(0)
+        for tier in {state.tier for state in self._buckets if state.tier is not None}:
+            tier.settle()
         self._reducing = False
         self._reduced = True
         self._pool.release()
@@ -190,6 +198,29 @@ class GradientReducer:
         for state in self._buckets:
             assert state.gradient is not None, "gradients() is called after finish()"
             yield state.bucket, state.gradient
+
+    def squared_norms(self) -> Iterator[tuple[float, bool]]:
+        """``native.squared_norm`` of each of ``gradients()``."""
+        for state, (_, gradient) in zip(self._buckets, self.gradients(), strict=True):
+            yield native.squared_norm(gradient) if state.tier is None else state.tier.squared_norm(gradient)
+
+    def below_memory(self, bucket: Bucket) -> list[Evictable]:
+        """What of the gradient of ``bucket`` lies below memory."""
+        state = self._buckets[bucket.index]
+        return [] if state.tier is None or state.gradient is None else [state.tier.evictable(state.gradient)]
+
+    def changed(self, bucket: Bucket) -> None:
+        """The gradient of ``bucket`` is not what the reduction left."""
+        state = self._buckets[bucket.index]
+        if state.tier is not None and state.gradient is not None:
+            state.tier.changed(state.gradient)
+
+    def consume(self, bucket: Bucket) -> None:
+        """Forget the gradient of ``bucket``: a step has used it."""
+        state = self._buckets[bucket.index]
+        if state.tier is not None and state.gradient is not None:
+            state.tier.forget(state.gradient)
+        state.gradient = None
 
     def gradient(self, bucket: Bucket) -> Tensor | None:
         """The reduced gradient of this shard's slice of ``bucket``, None before the first reduction of a step."""
@@ -240,7 +271,8 @@ class GradientReducer:
     ) -> list[tuple[_Arrival, nn.Parameter]]:
         self._parameters = {**self._parameters, **parameters}
         collected = []
-        for state in map(_BucketGradient, buckets):
+        for bucket in buckets:
+            state = _BucketGradient(bucket, tier=self._tier_of(bucket) if self.policy.shard_gradients else None)
             self._buckets.append(state)
             for placement in state.bucket.placements:
                 parameter, arrival = parameters[placement.spec.name], _Arrival(self._receive, state, placement)
@@ -311,10 +343,10 @@ class GradientReducer:
         scale, purpose = 1.0 / self.settings.divide_after, f"reduction of {state.bucket.label}"
         if not (self.policy.shard_optimizer and self.settings.reduce_scatter):
             operation = self.communicator.all_reduce(sent, scale=scale, purpose=purpose)
-            return _Reduction(state, landing, _Converted(operation, sent, landing))
+            return _Reduction(state, landing, Converted(operation, sent, landing))
         if sent is not landing or not self._sums_in_place_of_kept(state, sent.dtype):
             operation = self.communicator.reduce_scatter(sent, scale=scale, purpose=purpose)
-            return _Reduction(state, landing, _Converted(operation, sent, landing))
+            return _Reduction(state, landing, Converted(operation, sent, landing))
         kept, adds = self._kept_slice(state), state.gradient is not None
         operation = self.communicator.reduce_scatter(sent, out=kept, scale=scale, accumulate=adds, purpose=purpose)
         return _Reduction(state, landing, operation, result=kept)
@@ -336,18 +368,22 @@ class GradientReducer:
         own = buffer[state.bucket.slice_range(self._shard)]
         if reduction.result is not None:
             state.gradient = reduction.result
-        elif state.gradient is not None:
-            state.gradient.add_(own)
-        elif self.policy.shard_gradients:
+        elif not self.policy.shard_gradients:
+            state.gradient = own if state.gradient is None else state.gradient.add_(own)
+        elif state.gradient is None:
             state.gradient = self._kept_slice(state).copy_(own)
         else:
-            state.gradient = own
+            self._kept_slice(state).add_(own)
+        if state.tier is not None and state.gradient is not None:
+            state.tier.send(state.gradient)
         if buffer is not state.kept:
             self._pool.give_back(buffer)
 
     def _kept_slice(self, state: _BucketGradient) -> Tensor:
         if state.kept is None:
             state.kept = self._allocate(state, state.bucket.slice_numel)
+        if state.tier is not None:
+            state.tier.bring(state.kept, values=state.gradient is not None)
         return state.kept
 
     @property
@@ -373,17 +409,3 @@ class GradientReducer:
 
     def _device(self, state: _BucketGradient) -> torch.device:
         return self._parameters[state.bucket.placements[0].spec.name].device
-
-
-class _Converted:
-    """A reduction of ``sent`` whose result belongs in ``landing``."""
-
-    def __init__(self, operation: Pending, sent: Tensor, landing: Tensor):
-        self._operation = operation
-        self._sent = sent
-        self._landing = landing
-
-    def wait(self) -> None:
-        self._operation.wait()
-        if self._sent is not self._landing:
-            self._landing.copy_(self._sent)

@@ -7,9 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from .. import native
 from ..comm.communicator import Communicator
 
 
@@ -35,7 +33,7 @@ class GradientSummary:
 
 
 def summarize(
-    gradients: Iterable[Tensor],
+    squared_norms: Iterable[tuple[float, bool]],
     *,
     late: Sequence[bool],
     used: Sequence[bool],
@@ -46,15 +44,14 @@ def summarize(
 ) -> GradientSummary:
     """Combine every rank's view of the gradients.
 
-    ``gradients`` are this rank's slices; they enter the norm where ``counts`` (with whole gradients on every rank only
-    one rank counts). ``late`` has one flag per bucket, ``used`` one per parameter; ``unfrozen`` says whether a parameter
-    without a place has a gradient. Sums run in rank order in fp64, so
-    all ranks get the same bits.
+    ``squared_norms`` are those of this rank's slices, with whether they are finite; they enter the norm where ``counts``
+    (with whole gradients on every rank only one rank counts). ``late`` has one flag per bucket, ``used`` one per parameter;
+    ``unfrozen`` says whether a parameter without a place has a gradient. Sums run in rank order in fp64, so all ranks get
+    the same bits.
     """
     squared, finite = 0.0, True
     if counts:
-        for gradient in gradients:
-            part, part_finite = native.squared_norm(gradient)
+        for part, part_finite in squared_norms:
             squared += part
             finite = finite and part_finite
     flags = [float(flag) for flag in (not finite, unfrozen, *late, *used)]

@@ -2,38 +2,120 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .. import native
 from ..memory.layout import Bucket
 from ..memory.tiers import Evictable, FileTier
+
+BEHIND = 2
+"""Gradients of so many slices may be on their way to the file while the next is reduced."""
+
+
+@dataclass
+class Allowance:
+    """How many elements stay in memory: all until ``numel`` do, or the part ``share`` of them as they come."""
+
+    numel: int = 0
+    share: float = 0.0
+    _seen: int = 0
+    _stayed: int = 0
+
+    def stays(self, numel: int) -> bool:
+        """Whether the next ``numel`` elements stay."""
+        self._seen += numel
+        stays = self._stayed + numel <= max(self.numel, self.share * self._seen)
+        self._stayed += numel if stays else 0
+        return stays
 
 
 @dataclass(frozen=True)
 class Tiers:
-    """The tier of ``parameters`` (the slices of units) and of ``states`` (masters and the optimizer's); None is memory."""
+    """The tier of ``parameters`` (the slices of units) and of ``states`` (masters, the optimizer's, and gradients that are
+    sharded); None is memory. ``ahead`` and ``behind``: whether the step reads and writes while it computes."""
 
     parameters: FileTier | None = None
     states: FileTier | None = None
+    parameters_in_memory: Allowance = field(default_factory=Allowance)
+    states_in_memory: Allowance = field(default_factory=Allowance)
+    ahead: bool = True
+    behind: bool = True
 
-    def of(self, bucket: Bucket, own: Tensor, master: Tensor) -> list[Evictable]:
-        """What of a bucket's slice ``own`` and of its ``master`` lies below memory."""
-        found = []
-        if self.parameters is not None and bucket.unit is not None and own.numel():
-            found.append(self.parameters.evictable(own))
-        if self.states is not None and master is not own and master.numel():
-            found.append(self.states.evictable(master))
-        return found
+    def of_parameters(self, bucket: Bucket) -> FileTier | None:
+        """The tier of the slice of ``bucket``. Asked once."""
+        if self.parameters is None or bucket.unit is None or self.parameters_in_memory.stays(bucket.slice_numel):
+            return None
+        return self.parameters
 
-    def of_states(self, states: Iterable[Mapping[str, object]]) -> list[Evictable]:
-        """What of an optimizer's ``states`` lies below memory: the tensors of a value per element."""
-        if self.states is None:
-            return []
-        values = [value for state in states for value in state.values()]
-        return [self.states.evictable(v) for v in values if isinstance(v, Tensor) and v.dim() and v.numel()]
+    def of_states(self, bucket: Bucket) -> FileTier | None:
+        """The tier of the states of ``bucket``. Asked once."""
+        return None if self.states is None or self.states_in_memory.stays(bucket.slice_numel) else self.states
 
 
 IN_MEMORY = Tiers()
 """No state lies anywhere else."""
+
+
+def elementwise(states: Iterable[Mapping[str, object]]) -> Iterator[Tensor]:
+    """The tensors in an optimizer's ``states`` that have a value for each element."""
+    return (v for state in states for v in state.values() if isinstance(v, Tensor) and v.dim() and v.numel())
+
+
+class GradientTier:
+    """Reduced gradients on ``file``, each from its reduction on until it is added to, or the step. Their norms are taken on
+    the way: nobody has to read them for that."""
+
+    def __init__(self, file: FileTier):
+        self._file = file
+        self._leaving: deque[Evictable] = deque()
+        self._norms: dict[Evictable, tuple[float, bool]] = {}
+
+    def evictable(self, kept: Tensor) -> Evictable:
+        """The memory of ``kept``."""
+        return self._file.evictable(kept)
+
+    def bring(self, kept: Tensor, *, values: bool) -> None:
+        """Have memory for ``kept``, with its values or to be overwritten."""
+        evictable = self._file.evictable(kept)
+        evictable.fetch() if values else evictable.claim()
+        self._norms.pop(evictable, None)
+
+    def send(self, kept: Tensor) -> None:
+        """Begin to write ``kept``, whose memory is then free."""
+        evictable = self._file.evictable(kept)
+        self._norms[evictable] = native.squared_norm(kept)
+        evictable.start_evict()
+        self._leaving.append(evictable)
+        while len(self._leaving) > BEHIND:
+            self._leaving.popleft().evict()
+
+    def changed(self, kept: Tensor) -> None:
+        """The norm of ``kept`` is another one now."""
+        self._norms.pop(self._file.evictable(kept), None)
+
+    def forget(self, kept: Tensor) -> None:
+        """Free the memory of ``kept``, which nobody needs any more."""
+        self._file.evictable(kept).drop()
+
+    def settle(self) -> None:
+        """Have all written that is on its way."""
+        while self._leaving:
+            self._leaving.popleft().evict()
+
+    def squared_norm(self, kept: Tensor) -> tuple[float, bool]:
+        """What ``native.squared_norm`` says of ``kept``."""
+        evictable = self._file.evictable(kept)
+        if evictable not in self._norms:
+            evictable.fetch()
+            self._norms[evictable] = native.squared_norm(kept)
+            evictable.drop()
+        return self._norms[evictable]
+
+
+def in_memory(bucket: Bucket) -> GradientTier | None:
+    """The gradient of ``bucket`` lies on no tier."""
+    return None
