@@ -63,6 +63,21 @@ DONE: Pending = Deferred()
 """An operation that has nothing to do."""
 
 
+class Converted:
+    """An ``operation`` on ``sent``, ``buffer`` itself or a copy of it in another dtype; its result is put into ``buffer``."""
+
+    def __init__(self, operation: Pending, sent: Tensor, buffer: Tensor):
+        self._operation = operation
+        self._sent = sent
+        self._buffer = buffer
+
+    def wait(self) -> None:
+        """Wait for the operation."""
+        self._operation.wait()
+        if self._sent is not self._buffer:
+            self._buffer.copy_(self._sent)
+
+
 class Started:
     """A ``collective`` whose ``works`` have begun; ``finish`` is given the seconds that it took."""
 
@@ -91,21 +106,6 @@ class Started:
 
     def _account(self, peer: int | None, error: RuntimeError) -> str:
         return in_vain(self._collective, peer, error, since=self._since)
-
-
-class Converted:
-    """An ``operation`` on ``sent`` whose result belongs in ``landing``."""
-
-    def __init__(self, operation: Pending, sent: Tensor, landing: Tensor):
-        self._operation = operation
-        self._sent = sent
-        self._landing = landing
-
-    def wait(self) -> None:
-        """Wait for the operation, then have the result in its place."""
-        self._operation.wait()
-        if self._sent is not self._landing:
-            self._landing.copy_(self._sent)
 
 
 def in_vain(collective: Collective, peer: int | None, error: BaseException, *, since: float) -> str:

@@ -17,13 +17,14 @@ from ..config.offload import OffloadOptimizerConfig, OffloadParamConfig
 from ..memory.layout import UNLIMITED
 from ..memory.tiers import FileTier
 from ..optim import build_optimizer, build_scheduler, has_stepped, refuse_unsuited, split_parameter_groups
+from ..zero.arrivals import is_reduced
 from ..zero.fetching import FetchLimits
 from ..zero.inspection import make_inspectable
 from ..zero.leaves import leaf_predicate
 from ..zero.optimizer import ShardedOptimizer
 from ..zero.plan import WHOLE, UnitLimits, plan_units
 from ..zero.policy import ZeroPolicy
-from ..zero.reducer import GradientReducer, ReductionSettings, is_reduced
+from ..zero.reducer import GradientReducer, ReductionSettings
 from ..zero.released import shape_of
 from ..zero.sharding import ModelLayout, ShardedModel, move_in
 from ..zero.tiers import Allowance, GradientTier, Tiers
@@ -243,6 +244,7 @@ def shard_model(
         overlap=settings.overlap,
     )
     model.scopes.unit_done = reducer.unit_done
+    reducer.presence = model.trained.presence
     make_inspectable(sharded)
     return model, sharded
 

@@ -18,6 +18,7 @@ from ..memory.layout import Bucket, FlatLayout, Placement
 from ..memory.tiers import Chunk, Evictable, FileTier
 from ..native.files import Request
 from . import released
+from .presence import Presence
 from .tiers import IN_MEMORY, Tiers
 
 
@@ -38,7 +39,7 @@ class FlatParameters:
     the buffer, or memory of its own where the bucket belongs to a unit, whose buffer comes and goes. ``masters[i]`` is
     the slice in the dtype of the masters: the same memory where the model itself has that dtype. ``chunks[i]`` is what of
     these lies on ``tiers`` below memory: it is there while somebody reads or changes it. ``settle`` is called before
-    parameters change: what was gathered of them must not outlive the change.
+    parameters change: what was gathered of them must not outlive the change. ``presence`` knows whether they are here.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class FlatParameters:
         self.state_tiers: list[FileTier | None] = []
         self.tiers = tiers
         self.settle: Callable[[], None] = lambda: None
+        self.presence = Presence()
         self._master_dtype = master_dtype
 
     def move_in(self, communicator: Communicator) -> Iterator[Bucket]:
@@ -170,6 +172,7 @@ class FlatParameters:
     @torch.no_grad()
     def keep(self, parameter: nn.Parameter, bucket: Bucket) -> None:
         """Take this shard's part of the values that ``parameter``, of ``bucket``, has now into slice and master."""
+        self.presence.require(f"a change of {bucket.label}")
         for fragment in bucket.fragments(self.shard):
             if self.parameters[fragment.spec.name] is parameter:
                 start = fragment.parameter_start

@@ -21,6 +21,7 @@ buffer. It counts in the next reduction of its bucket; the optimizer asks for on
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,7 +36,9 @@ from ..comm.operations import Converted, Pending
 from ..memory.layout import Bucket, FlatLayout, Placement
 from ..memory.pool import BufferPool
 from ..memory.tiers import Evictable
+from .arrivals import Arrival
 from .policy import ZeroPolicy
+from .presence import GRADIENTS, Presence
 from .tiers import GradientTier, in_memory
 
 MAXIMUM_IN_FLIGHT = 2
@@ -77,29 +80,6 @@ class _BucketGradient:
         return len(self.arrived) == len(self.bucket.placements)
 
 
-_Receive = Callable[[_BucketGradient, Placement, Tensor], None]
-
-
-class _Arrival:
-    """The hook by which a parameter's gradient comes to a reducer."""
-
-    def __init__(self, receive: _Receive, state: _BucketGradient, placement: Placement):
-        self._receive = receive
-        self._state = state
-        self._placement = placement
-
-    def __call__(self, parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None, "autograd calls this hook with a gradient in place"
-        self._receive(self._state, self._placement, gradient)
-
-
-def is_reduced(parameter: Tensor) -> bool:
-    """Whether a reducer takes this parameter's gradients."""
-    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-    return any(isinstance(hook, _Arrival) for hook in hooks.values())
-
-
 @dataclass(frozen=True)
 class _Reduction:
     """A reduction under way of ``buffer``, whose own part holds the result unless that is written to ``result``."""
@@ -137,6 +117,7 @@ class GradientReducer:
         self._by_unit = any(bucket.unit is not None for bucket in layout.buckets)
         self._reducing = False
         self._reduced = False
+        self.presence = Presence()
         self._collect(layout.buckets, parameters)
 
     def extend(self, buckets: Sequence[Bucket], parameters: Mapping[str, nn.Parameter]) -> None:
@@ -252,10 +233,17 @@ class GradientReducer:
             for state in self._buckets:
                 state.kept = None
 
-    def buffers(self) -> Iterator[Tensor]:
-        """Every gradient buffer that is allocated now, for accounting."""
+    def buffers(self, *, kept: bool) -> Iterator[Tensor]:
+        """The buffers that are allocated now: those that are kept from step to step, or the others, in which gradients wait
+        for their reduction."""
+        pairs = ((s.kept, s.kept if kept else s.landing) for s in self._buckets)
+        return (buffer for own, buffer in pairs if buffer is not None and (buffer is own) == kept)
+
+    def free_idle(self) -> None:
+        """Free the kept buffers that hold no gradients now."""
         for state in self._buckets:
-            yield from (tensor for tensor in (state.kept, state.landing) if tensor is not None)
+            if state.gradient is None and state.landing is None:
+                state.kept = None
 
     def close(self) -> None:
         """Take the hooks off the parameters and drop all buffers."""
@@ -268,14 +256,14 @@ class GradientReducer:
 
     def _collect(
         self, buckets: Sequence[Bucket], parameters: Mapping[str, nn.Parameter]
-    ) -> list[tuple[_Arrival, nn.Parameter]]:
+    ) -> list[tuple[Arrival, nn.Parameter]]:
         self._parameters = {**self._parameters, **parameters}
         collected = []
         for bucket in buckets:
             state = _BucketGradient(bucket, tier=self._tier_of(bucket) if self.policy.shard_gradients else None)
             self._buckets.append(state)
             for placement in state.bucket.placements:
-                parameter, arrival = parameters[placement.spec.name], _Arrival(self._receive, state, placement)
+                parameter, arrival = parameters[placement.spec.name], Arrival(functools.partial(self._receive, state, placement))
                 # torch refuses the hook to a parameter that is frozen at the moment, but it lives through a freeze.
                 trained, parameter.requires_grad = parameter.requires_grad, True
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(arrival))
@@ -286,6 +274,7 @@ class GradientReducer:
     # -- arrival -------------------------------------------------------------------------------------------------
 
     def _receive(self, state: _BucketGradient, placement: Placement, gradient: Tensor) -> None:
+        self.presence.require("backward", *GRADIENTS)
         self._land(state, placement, gradient)
         while self._reducing and not self._by_unit and self._waiting and self._waiting[0].complete:
             self._launch(self._waiting.pop(0))

@@ -25,6 +25,7 @@ from ..memory.layout import Bucket
 from ..native.files import Request
 from . import released
 from .parameters import FlatParameters
+from .presence import OffloadStateTypeEnum
 
 OnTouch = Callable[["ParameterUnit", nn.Parameter, str], None]
 """Makes a released parameter of a unit whole for an operation (its name), or raises."""
@@ -67,6 +68,7 @@ class UnitPart:
 
     def start_fetch(self, communicator: Communicator, *, tag: int, purpose: str) -> Pending:
         """Begin to gather the whole buffer, under a tag of its unit's."""
+        self.flat.presence.require(f"the {purpose}", OffloadStateTypeEnum.lp_params)
         if not self.flat.keeps_apart(self.bucket):
             return DONE
         self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
@@ -172,8 +174,8 @@ class ParameterUnit:
 
     def hold(self) -> None:
         """Make the unit whole until ``let_go``."""
-        self.holds += 1
         self.finish_fetch()
+        self.holds += 1
 
     def let_go(self) -> None:
         """Take back a ``hold``; after the last one the unit is released."""
