@@ -12,15 +12,20 @@ Reading and writing go on beside computing: ``start_...`` returns at once.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..native.files import Request, ScratchFile
+from ..native.files import File, FileQueue, FileTransfer, QueueOptions
+
+ALIGNMENT = 4096
+"""Bytes to which places in a file are aligned: disks write whole blocks."""
 
 
 class Residence(Enum):
@@ -35,13 +40,13 @@ class Residence(Enum):
 class Evictable:
     """The memory of ``storage``, whose place in the file begins at ``offset`` (bytes)."""
 
-    def __init__(self, storage: torch.UntypedStorage, file: ScratchFile, offset: int):
+    def __init__(self, storage: torch.UntypedStorage, file: File, offset: int):
         self.residence = Residence.MEMORY
         self.nbytes = storage.nbytes()
         self._storage = storage
         self._file = file
         self._offset = offset
-        self._request: Request | None = None
+        self._transfer: FileTransfer | None = None
 
     def start_fetch(self) -> None:
         """Begin to read the bytes, where they are not in memory."""
@@ -49,7 +54,7 @@ class Evictable:
             self._finish()
         if self.residence is Residence.FILE:
             self._storage.resize_(self.nbytes)
-            self._request = self._file.submit_read(self._bytes(), self._offset)
+            self._transfer = self._file.submit_read(self._bytes(), self._offset)
             self.residence = Residence.COMING
 
     def fetch(self) -> None:
@@ -70,7 +75,7 @@ class Evictable:
         if self.residence is Residence.COMING:
             self._finish()
         if self.residence is Residence.MEMORY:
-            self._request = self._file.submit_write(self._bytes(), self._offset)
+            self._transfer = self._file.submit_write(self._bytes(), self._offset)
             self.residence = Residence.LEAVING
 
     def evict(self) -> None:
@@ -84,7 +89,13 @@ class Evictable:
         if self.residence is Residence.MEMORY:
             self._free()
 
-    def start_copy(self, target: Tensor) -> Request | None:
+    def give_up(self) -> None:
+        """Leave the place in the file, which goes back to the file system; bytes that were there alone are lost."""
+        with suppress(OSError):
+            self._finish()
+        self._file.discard(self._offset, self.nbytes)
+
+    def start_copy(self, target: Tensor) -> FileTransfer | None:
         """Begin to copy the bytes to ``target``, of the same size; None where they are there already."""
         if self.residence is Residence.COMING:
             self._finish()
@@ -94,10 +105,10 @@ class Evictable:
         return None
 
     def _finish(self) -> None:
-        request, self._request = self._request, None
-        if request is None:
+        transfer, self._transfer = self._transfer, None
+        if transfer is None:
             return
-        request.wait()
+        transfer.wait()
         if self.residence is Residence.COMING:
             self.residence = Residence.MEMORY
         else:
@@ -112,30 +123,35 @@ class Evictable:
 
 
 class FileTier:
-    """A file without a name in the directory ``folder``: it is gone when this process is, however that ends."""
+    """A file without a name in the directory ``folder``: it is gone when this process is, however that ends. ``options`` are
+    those of its queue. OSError where no file can be made there."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, options: QueueOptions | None = None):
         self.folder = folder
-        self._file = ScratchFile(folder)
+        self.nbytes = 0
         self._known: dict[int, Evictable] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """The size of the file."""
-        return self._file.nbytes
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, path = tempfile.mkstemp(prefix="deepspeed-", suffix=".states", dir=folder)
+        try:
+            self._file = FileQueue(options).open(path)
+        finally:
+            os.close(descriptor)
+            os.unlink(path)
 
     def evictable(self, tensor: Tensor) -> Evictable:
         """The evictable that is the memory of ``tensor``."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._known:
-            self._known[key] = Evictable(storage, self._file, self._file.allocate(storage.nbytes()))
+            self._known[key] = Evictable(storage, self._file, self.nbytes)
+            self.nbytes += -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
         return self._known[key]
 
-    def close(self) -> None:
-        """Give the file up."""
-        self._known.clear()
-        self._file.close()
+    def forget(self, tensor: Tensor) -> None:
+        """Give up the place of ``tensor`` in the file: it is needed no more, or stays in memory from now on."""
+        evictable = self._known.pop(tensor.untyped_storage()._cdata, None)
+        if evictable is not None:
+            evictable.give_up()
 
 
 class Chunk:

@@ -15,9 +15,11 @@ what does not fit goes another way by itself. Transfers that overlap in the file
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 import os
+import sys
 import time
 import weakref
 from types import TracebackType
@@ -28,6 +30,9 @@ from torch import Tensor
 from .file_engine import Backend, Engine, QueueOptions, Running, direct_alignments, make_engine
 from .file_errors import Extent, failure, no_room_error, timeout_error
 from .file_threads import OpenFile
+
+PUNCH_HOLE = 0x01 | 0x02
+"""FALLOC_FL_KEEP_SIZE and FALLOC_FL_PUNCH_HOLE of fallocate(2)."""
 
 SIGNAL_SECONDS = 0.2
 """How long a wait leaves Python's signal handlers (Ctrl-C) unattended."""
@@ -130,6 +135,13 @@ class _Descriptors:
                 self.target = OpenFile(descriptors[1], buffered, *direct_alignments(descriptors[1]))
 
 
+def punch_hole(descriptor: int, offset: int, nbytes: int) -> None:
+    """Deallocate a part of a file on Linux, where the file system can do that; nothing elsewhere."""
+    if sys.platform == "linux" and nbytes:
+        libc = ctypes.CDLL(None)
+        libc.fallocate64(descriptor, PUNCH_HOLE, ctypes.c_int64(offset), ctypes.c_int64(nbytes))
+
+
 def _close_all(descriptors: list[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
@@ -173,6 +185,11 @@ class File:
         """Begin to write the bytes of ``tensor`` from byte ``offset`` on; a file that ends before grows. As
         ``submit_read``."""
         return self._submit(tensor, offset, writing=True)
+
+    def discard(self, offset: int, nbytes: int) -> None:
+        """Give the room of these bytes back to the file system where it can take that; then they read as zeros. No transfer
+        uses them."""
+        punch_hole(self._file.target.buffered, offset, nbytes)
 
     def close(self) -> None:
         """Wait until no transfer uses the file, then close it. Errors are still raised by the transfers' ``wait``."""

@@ -16,7 +16,7 @@ from ..comm.communicator import Communicator
 from ..comm.operations import DONE, Pending
 from ..memory.layout import Bucket, FlatLayout, Placement
 from ..memory.tiers import Chunk, Evictable, FileTier
-from ..native.files import Request
+from ..native.files import FileTransfer
 from . import released
 from .presence import Presence
 from .tiers import IN_MEMORY, Tiers
@@ -143,6 +143,9 @@ class FlatParameters:
 
     def drop(self, bucket: Bucket) -> None:
         """Free the slice of a unit's ``bucket``, whose parameters have all left."""
+        tier = self.parameter_tiers[bucket.index]
+        if tier is not None:
+            tier.forget(self.slices[bucket.index])
         self.slices[bucket.index] = self.masters[bucket.index] = self.slices[bucket.index].new_empty(0)
 
     def own_slice(self, bucket: Bucket) -> Tensor:
@@ -153,7 +156,7 @@ class FlatParameters:
         """Whether the slice is not a part of the whole buffer."""
         return bucket.unit is not None and (bucket.shards > 1 or self.parameter_tiers[bucket.index] is not None)
 
-    def start_copy(self, bucket: Bucket, target: Tensor) -> Request | None:
+    def start_copy(self, bucket: Bucket, target: Tensor) -> FileTransfer | None:
         """Begin to copy a unit's slice to ``target``; None where it is there already."""
         tier = self.parameter_tiers[bucket.index]
         if tier is None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..comm.communicator import Communicator
 from ..comm.operations import DONE, Pending
 from ..memory.layout import Bucket
-from ..native.files import Request
+from ..native.files import FileTransfer
 from . import released
 from .parameters import FlatParameters
 from .presence import OffloadStateTypeEnum
@@ -72,12 +72,12 @@ class UnitPart:
         if not self.flat.keeps_apart(self.bucket):
             return DONE
         self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
-        request = self.flat.start_copy(self.bucket, self.whole[self.bucket.slice_range(self.flat.shard)])
+        reading = self.flat.start_copy(self.bucket, self.whole[self.bucket.slice_range(self.flat.shard)])
 
         def gather() -> Pending:
             return communicator.all_gather(self.whole, tag=tag, purpose=purpose)
 
-        return gather() if request is None else _GatherOfRead(request, gather)
+        return gather() if reading is None else _GatherOfRead(reading, gather)
 
     def expose(self) -> None:
         """Make the buffer the parameters' memory."""
@@ -99,12 +99,12 @@ class UnitPart:
 class _GatherOfRead:
     """A ``gather`` that begins when the own slice has been read: when it is waited for. All ranks wait in one order."""
 
-    def __init__(self, request: Request, gather: Callable[[], Pending]):
-        self._request = request
+    def __init__(self, reading: FileTransfer, gather: Callable[[], Pending]):
+        self._reading = reading
         self._gather = gather
 
     def wait(self) -> None:
-        self._request.wait()
+        self._reading.wait()
         self._gather().wait()
 
 
