@@ -83,7 +83,10 @@ def test_states_on_a_disk_train_to_the_same_bits(ranks, tmp_path, stage, section
         ranks(size, with_and_without, training(mode, accumulation), tiered, stage)
 
 
-@pytest.mark.parametrize("options", [{"pipeline": False}, {"pipeline_read": False}, {"ratio": 0.5}, {"buffer_count": 1}], ids=str)
+OPTIONS = [{"pipeline": False}, {"pipeline_read": False}, {"ratio": 0.5}, {"buffer_count": 1}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options_of_the_stream_change_no_bit(ranks, tmp_path, options):
     tiered = training("bf16", **on_disk(tmp_path, "offload_optimizer", **options))
     ranks(2, with_and_without, training("bf16"), tiered, 2)

@@ -39,6 +39,11 @@ UNBUILT: tuple[tuple[str, Predicate, str], ...] = (
         "MiCS is not built yet; use -1, and no mics_hierarchical_params_gather.",
     ),
     (
+        "zero_optimization.offload_optimizer.super_offload",
+        lambda c: c.zero_optimization.offload_optimizer.super_offload,
+        "SuperOffload is not built yet; set it to false.",
+    ),
+    (
         "zero_optimization.zenflow",
         lambda c: c.zero_optimization.zenflow is not None,
         "ZenFlow is not built yet; remove it.",

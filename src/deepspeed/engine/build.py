@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +12,8 @@ from torch import Tensor, nn
 from ..comm.agreement import on_all_ranks
 from ..comm.communicator import Communicator
 from ..config import DeepSpeedConfig
-from ..config.offload import OffloadOptimizerConfig, OffloadParamConfig
 from ..memory.layout import UNLIMITED
-from ..memory.tiers import FileTier
-from ..optim import build_optimizer, build_scheduler, has_stepped, refuse_unsuited, split_parameter_groups
+from ..optim import build_optimizer, build_scheduler, has_stepped, refuse_all_at_once, refuse_unsuited, split_parameter_groups
 from ..zero.arrivals import is_reduced
 from ..zero.fetching import FetchLimits
 from ..zero.inspection import make_inspectable
@@ -27,7 +24,7 @@ from ..zero.policy import ZeroPolicy
 from ..zero.reducer import GradientReducer, ReductionSettings
 from ..zero.released import shape_of
 from ..zero.sharding import ModelLayout, ShardedModel, move_in
-from ..zero.tiers import Allowance, GradientTier, Tiers
+from ..zero.tiers import GradientTier, open_tiers, refuse_other_devices
 from ..zero.unfreezing import FrozenParameters
 from .agreement import check_ranks_agree, describe
 from .precision import PrecisionPolicy, build_loss_scaler
@@ -115,30 +112,6 @@ def chunk_numel(config: DeepSpeedConfig) -> int:
     return max(1, min(zero.sub_group_size, offload.buffer_count * offload.buffer_size // (4 * at_once)))
 
 
-def build_tiers(config: DeepSpeedConfig) -> Tiers:
-    """The files of the states that are to lie in files: one for each directory."""
-    zero = config.zero_optimization
-    files: dict[Path, FileTier] = {}
-
-    def tier(offload: OffloadOptimizerConfig | OffloadParamConfig) -> FileTier | None:
-        if offload.device != "nvme":
-            return None
-        assert offload.nvme_path is not None, "the configuration is checked for it"
-        folder = Path(offload.nvme_path)
-        if folder not in files:
-            files[folder] = FileTier(folder)
-        return files[folder]
-
-    return Tiers(
-        parameters=tier(zero.offload_param),
-        states=tier(zero.offload_optimizer),
-        parameters_in_memory=Allowance(numel=zero.offload_param.max_in_cpu),
-        states_in_memory=Allowance(share=1 - zero.offload_optimizer.ratio),
-        ahead=zero.offload_optimizer.reads_ahead,
-        behind=zero.offload_optimizer.writes_behind,
-    )
-
-
 def unit_limits(config: DeepSpeedConfig) -> UnitLimits:
     """What decides which parameters are gathered together."""
     zero = config.zero_optimization
@@ -206,7 +179,10 @@ def shard_model(
     """
 
     def prepare() -> tuple[torch.optim.Optimizer | None, dict[str, nn.Parameter]]:
+        refuse_other_devices(config)
         optimizer = _inner_optimizer(module, request, config)
+        if optimizer is not None and config.zero_optimization.offload_optimizer.device == "nvme":
+            refuse_all_at_once(optimizer)
         return optimizer, name_parameters(module, optimizer.param_groups) if optimizer is not None else {}
 
     optimizer, named = on_all_ranks(prepare, communicator, what="deepspeed.initialize")
@@ -214,7 +190,7 @@ def shard_model(
     groups = optimizer.param_groups if optimizer is not None else []
     layout = build_layout(module, named, groups, config=config, precision=precision, ranks=communicator.size)
     fetching = communicator.duplicate() if layout.plan.names else communicator
-    tiers = on_all_ranks(lambda: build_tiers(config), communicator, what="deepspeed.initialize")
+    tiers = on_all_ranks(lambda: open_tiers(config), communicator, what="deepspeed.initialize")
     model = move_in(module, layout, communicator, fetching, fetch_limits(config), tiers)
     moved = {id(p) for flat in (model.trained, model.frozen) for p in flat.parameters.values()}
     precision.cast_module(module, keep=lambda tensor: id(tensor) in moved)

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..native.files import File, FileQueue, FileTransfer, QueueOptions
+from ..native.file_engine import QueueOptions
+from ..native.files import File, FileQueue, FileTransfer
 
 ALIGNMENT = 4096
 """Bytes to which places in a file are aligned: disks write whole blocks."""
@@ -136,7 +137,7 @@ class FileTier:
             self._file = FileQueue(options).open(path)
         finally:
             os.close(descriptor)
-            os.unlink(path)
+            Path(path).unlink()
 
     def evictable(self, tensor: Tensor) -> Evictable:
         """The evictable that is the memory of ``tensor``."""

@@ -19,7 +19,7 @@ from .schedules import (
     build_scheduler,
 )
 from .segments import FlatShard, Segment, Segments
-from .sharding import ShardUpdate, Stepper, has_stepped, make_stepper, refuse_unsuited
+from .sharding import ShardUpdate, Stepper, has_stepped, make_stepper, refuse_all_at_once, refuse_unsuited
 
 __all__ = [
     "VALID_LR_SCHEDULES",
@@ -47,6 +47,7 @@ __all__ = [
     "build_scheduler",
     "has_stepped",
     "make_stepper",
+    "refuse_all_at_once",
     "refuse_unsuited",
     "split_parameter_groups",
 ]

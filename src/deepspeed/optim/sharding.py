@@ -118,6 +118,15 @@ def refuse_unsuited(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+def refuse_all_at_once(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError for an optimizer that cannot step slice by slice, but needs all states at once."""
+    if not isinstance(optimizer, ShardStepping) and type(optimizer) not in ELEMENTWISE:
+        raise ValueError(
+            f"{type(optimizer).__name__} needs all its states at once, so they cannot lie on a disk: set "
+            "zero_optimization.offload_optimizer.device to cpu or none, or use an elementwise optimizer such as AdamW"
+        )
+
+
 def has_stepped(optimizer: torch.optim.Optimizer) -> bool:
     """Whether ``optimizer`` has state that a step left. Adagrad makes its states at construction: those do not count."""
     return any(float(state.get("step", 1)) > 0 for state in optimizer.state.values() if state)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from types import TracebackType
 from weakref import WeakKeyDictionary
 
@@ -28,8 +29,10 @@ from ..comm.operations import Pending
 from ..memory.heap import FreedMemory
 from ..memory.layout import FlatLayout, ParameterSpec
 from ..memory.pool import BufferPool
+from ..memory.tiers import Chunk
 from .parameters import FlatParameters, unchanged
 from .released import home_of
+from .tiers import IN_MEMORY, Tiers
 from .units import ParameterUnit, Replica, UnitPart
 
 HELD_WHILE_TOUCHED = 4
@@ -45,22 +48,38 @@ UNDER_WAY = 2
 """Slices that are on their way to the other ranks while the next parameters are constructed."""
 
 
+@dataclass(frozen=True)
+class _UnderWay:
+    """Slices on their way: rank 0 has the ``whole`` that they are of; the own one is ``chunk``'s where it lies on a tier."""
+
+    pending: Pending
+    whole: Tensor | None
+    chunk: Chunk | None
+
+
 class ModuleSharder:
     """Shards parameters over the ranks of ``communicator``, a unit each, in ``dtype`` (their own where None), with rank
-    0's values. Parameters of up to ``resident_numel`` elements stay whole on every rank, until they are
-    ``resident_total`` in all."""
+    0's values. What lies on ``tiers`` goes there as soon as it is complete. Parameters of up to ``resident_numel`` elements
+    stay whole on every rank, until they are ``resident_total`` in all."""
 
     def __init__(
-        self, communicator: Communicator, *, dtype: torch.dtype | None, resident_numel: int, resident_total: int
+        self,
+        communicator: Communicator,
+        *,
+        dtype: torch.dtype | None,
+        resident_numel: int,
+        resident_total: int,
+        tiers: Tiers = IN_MEMORY,
     ):
         self._communicator = communicator
         self._dtype = dtype
+        self._tiers = tiers
         self._resident_numel = resident_numel
         self._resident_left = resident_total
         self._incomplete: dict[int, nn.Module] = {}
         self._residents: list[nn.Parameter] = []
         self._touched: deque[ParameterUnit] = deque()
-        self._under_way: deque[tuple[Pending, Tensor | None]] = deque()
+        self._under_way: deque[_UnderWay] = deque()
         self._wholes = BufferPool()
         self._freed = FreedMemory(FREED_NBYTES)
         self._constructed_in: WeakKeyDictionary[ParameterUnit, torch.dtype] = WeakKeyDictionary()
@@ -110,17 +129,20 @@ class ModuleSharder:
         values = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         copy = nn.Parameter(values, requires_grad=parameter.requires_grad)
         (name,) = part.flat.parameters
-        own = part.flat.own_slice(part.bucket).clone()
-        self._adopt(copy, name, part.flat.layout, own, constructed_in=self._constructed_in[unit])
+        with part.chunk.reading():
+            own = part.flat.own_slice(part.bucket).clone()
+        self._adopt(copy, name, part.flat.layout, own, constructed_in=self._constructed_in[unit]).chunk.evict()
         return copy
 
     def settle(self, under_way: int = 0) -> None:
         """Wait until at most so many slices are under way to the other ranks."""
         while len(self._under_way) > under_way:
-            pending, whole = self._under_way.popleft()
-            pending.wait()
-            if whole is not None:
-                self._wholes.give_back(whole)
+            slices = self._under_way.popleft()
+            slices.pending.wait()
+            if slices.whole is not None:
+                self._wholes.give_back(slices.whole)
+            if slices.chunk is not None:
+                slices.chunk.evict()
 
     # -- sharding --------------------------------------------------------------------------------------------------------
 
@@ -145,30 +167,32 @@ class ModuleSharder:
         spec = ParameterSpec(name, tuple(parameter.shape), str(dtype).removeprefix("torch."), unit=0)
         layout = FlatLayout.build([spec], shards=self._communicator.size, bucket_numel=0)
         own = parameter.new_empty(layout.slice_numel, dtype=dtype)
-        self._scatter(parameter, layout, own, purpose=f"scatter of '{name}'")
-        constructed_in, nbytes = parameter.dtype, parameter.nbytes
-        self._adopt(parameter, name, layout, own, constructed_in=constructed_in)
-        self._freed.add(nbytes)
+        values = parameter.detach()
+        part = self._adopt(parameter, name, layout, own, constructed_in=parameter.dtype)
+        self._scatter(values, part, purpose=f"scatter of '{name}'")
+        self._freed.add(values.nbytes)
 
-    def _scatter(self, parameter: nn.Parameter, layout: FlatLayout, own: Tensor, *, purpose: str) -> None:
-        """Give each rank its slice of rank 0's values."""
+    def _scatter(self, values: Tensor, part: UnitPart, *, purpose: str) -> None:
+        """Give each rank its slice of rank 0's ``values``, of a parameter alone in its unit."""
         self.settle(UNDER_WAY - 1)
-        whole = None
+        part.chunk.fetch()
+        own, whole = part.flat.own_slice(part.bucket), None
         if self._communicator.rank == 0:
-            (bucket,) = layout.buckets
-            (placement,) = bucket.placements
-            whole = self._wholes.take(bucket.numel, dtype=own.dtype, device=own.device)
-            whole[placement.start : placement.stop].view(placement.spec.shape).copy_(parameter.detach())
-            for gap in bucket.gaps:
+            (placement,) = part.bucket.placements
+            whole = self._wholes.take(part.bucket.numel, dtype=own.dtype, device=own.device)
+            whole[placement.start : placement.stop].view(placement.spec.shape).copy_(values)
+            for gap in part.bucket.gaps:
                 whole[gap].zero_()
-        self._under_way.append((self._communicator.scatter(whole, own, purpose=purpose), whole))
+        pending = self._communicator.scatter(whole, own, purpose=purpose)
+        self._under_way.append(_UnderWay(pending, whole, part.chunk if part.chunk.evictables() else None))
 
     def _adopt(
         self, parameter: nn.Parameter, name: str, layout: FlatLayout, own: Tensor, *, constructed_in: torch.dtype
-    ) -> None:
-        """Release ``parameter`` into a unit with this rank's slice ``own``."""
+    ) -> UnitPart:
+        """Release ``parameter`` into a unit with this rank's slice ``own``, in memory."""
         (bucket,) = layout.buckets
-        flat = FlatParameters(layout, {name: parameter}, shard=self._communicator.rank, master_dtype=unchanged)
+        shard = self._communicator.rank
+        flat = FlatParameters(layout, {name: parameter}, shard=shard, master_dtype=unchanged, tiers=self._tiers)
         flat.put_in(bucket, own)
         part = UnitPart(flat, bucket)
         part.release()
@@ -177,6 +201,7 @@ class ModuleSharder:
         unit.constructor = self
         unit.shows_sizes = True
         self._constructed_in[unit] = constructed_in
+        return part
 
     def _on_touch(self, unit: ParameterUnit, parameter: nn.Parameter, operation: str) -> None:
         self._keep_touched(HELD_WHILE_TOUCHED - 1)
@@ -191,7 +216,7 @@ class ModuleSharder:
             (part,) = unit.parts
             for parameter in unit.parameters():
                 purpose = f"scatter of {unit.describe(parameter)}"
-                self._scatter(parameter, part.flat.layout, part.flat.own_slice(part.bucket), purpose=purpose)
+                self._scatter(parameter.detach(), part, purpose=purpose)
                 self._freed.add(parameter.nbytes)
             unit.let_go()
 

@@ -15,6 +15,7 @@ from ..accelerator import get_accelerator
 from ..comm import init_distributed
 from ..comm.communicator import Communicator
 from .construction import ModuleSharder, SharderContext
+from .tiers import Tiers, open_tiers
 
 if TYPE_CHECKING:
     from ..config import DeepSpeedConfig
@@ -30,11 +31,12 @@ class Init:
     are made on the accelerator in use. Several models may be made in one context; inside another one a context does
     nothing.
 
-    ``remote_device`` is None or the device in use; "cpu" beside an accelerator and "nvme" are not built yet and are
-    errors. ``pin_memory`` is for "cpu". ``mpu`` names the ranks by ``get_data_parallel_group()`` where
-    ``data_parallel_group`` does not; ``sequence_data_parallel_group`` is another name for the latter. No linear layer
-    keeps a gathered weight alive, whatever ``mem_efficient_linear`` says. What belongs to ZeRO++
-    (``zero_param_parallel_group``, ``zero_quantized_weights``, ``zero_quantized_nontrainable_weights``) and
+    ``remote_device`` "nvme", or ``offload_param`` in the configuration, has the slices in a file as soon as there are some;
+    ``remote_device`` "nvme" takes the directory and the rest from ``offload_param``. Else it is None or the device in use;
+    "cpu" beside an accelerator is not built yet and an error. ``pin_memory`` is for "cpu". ``mpu`` names the ranks by
+    ``get_data_parallel_group()`` where ``data_parallel_group`` does not; ``sequence_data_parallel_group`` is another name
+    for the latter. No linear layer keeps a gathered weight alive, whatever ``mem_efficient_linear`` says. What belongs to
+    ZeRO++ (``zero_param_parallel_group``, ``zero_quantized_weights``, ``zero_quantized_nontrainable_weights``) and
     ``param_swapper`` are not built yet and are errors.
     """
 
@@ -59,7 +61,7 @@ class Init:
         self._context: SharderContext | None = None
         if not enabled:
             return
-        _refuse_other_tiers(remote_device, pin_memory)
+        _refuse_other_devices(remote_device, pin_memory)
         _refuse_unbuilt(
             zero_param_parallel_group=zero_param_parallel_group,
             zero_quantized_weights=zero_quantized_weights,
@@ -74,6 +76,7 @@ class Init:
             dtype=dtype or _dtype(settings),
             resident_numel=settings.zero_optimization.stage3_param_persistence_threshold,
             resident_total=settings.zero_optimization.stage3_model_persistence_threshold,
+            tiers=_open_tiers(settings, remote_device),
         )
         if module is not None:
             sharder.shard(module)
@@ -120,9 +123,19 @@ def _refuse_unbuilt(**arguments: Any) -> None:
             raise ValueError(f"zero.Init({name}=...) is not built yet; leave it out")
 
 
-def _refuse_other_tiers(remote_device: str | None, pin_memory: bool) -> None:
+def _open_tiers(settings: DeepSpeedConfig, remote_device: str | None) -> Tiers:
+    device = settings.zero_optimization.offload_param.device
+    if remote_device == "nvme" and device != "nvme":
+        raise ValueError(
+            f"zero.Init(remote_device='nvme') needs zero_optimization.offload_param.nvme_path in its configuration, whose "
+            f"offload_param.device is {device}"
+        )
+    return open_tiers(settings)
+
+
+def _refuse_other_devices(remote_device: str | None, pin_memory: bool) -> None:
     here = get_accelerator().kind
-    if remote_device not in (None, "none", here):
+    if remote_device not in (None, "none", "nvme", here):
         raise ValueError(f"zero.Init(remote_device='{remote_device}') is not built yet: they stay on {here}; leave it out")
     if pin_memory and remote_device != "cpu":
         raise ValueError("zero.Init(pin_memory=True) is for remote_device='cpu'; leave it out")

@@ -180,7 +180,8 @@ class ShardedOptimizer(DeepSpeedOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part: the inner optimizer's state, the fp32 slices, the loss scaler. To load it again, world
-        size and stage must be the same; ``save_checkpoint`` has no such limit."""
+        size and stage must be the same; ``save_checkpoint`` has no such limit. RuntimeError where states lie on a disk."""
+        self._refuse_from_disk("state_dict")
         self.flat.presence.require("optimizer.state_dict()")
         return {
             "optimizer": self.optimizer.state_dict(),
@@ -192,7 +193,9 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` of the same rank, world size and stage returned."""
+        """Restore what ``state_dict`` of the same rank, world size and stage returned. RuntimeError where states lie on a
+        disk."""
+        self._refuse_from_disk("load_state_dict")
         self.flat.presence.require("optimizer.load_state_dict()")
         theirs, ours = state_dict["partition_count"], self.flat.layout.shards
         if theirs != ours:
@@ -290,7 +293,16 @@ class ShardedOptimizer(DeepSpeedOptimizer):
             for chunk in chunks:
                 chunk.evict()
 
+    def _refuse_from_disk(self, name: str) -> None:
+        if self.flat.tiers.states is not None:
+            raise RuntimeError(
+                f"{name} would have the optimizer's states, which lie on a disk, in memory at once: use save_checkpoint and "
+                "load_checkpoint of the engine"
+            )
+
     def _below_memory(self, shard: FlatShard) -> list[Evictable]:
+        if not self.shards:  # the engine was destroyed, and the model kept its slices
+            return []
         states = (self.optimizer.state.get(segment.tensor, {}) for segment in self.segments.of(shard))
         file = self.flat.state_tiers[shard.bucket.index]
         mine = [] if file is None else [file.evictable(tensor) for tensor in elementwise(states)]

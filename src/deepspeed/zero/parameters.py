@@ -87,11 +87,12 @@ class FlatParameters:
             self.masters.append(own if wide is whole else wide[bucket.slice_range(self.shard)].clone())
             self._make_views(bucket)
             self._add_chunk(bucket)
+            self.chunks[-1].evict()
             yield bucket
 
     def put_in(self, bucket: Bucket, own: Tensor) -> None:
         """Have ``own`` as this shard's slice of a unit's ``bucket``, the next one. The whole buffer is not filled: the unit
-        is to be released."""
+        is to be released, and the slice to be evicted once it has values."""
         self.parameter_tiers.append(self.tiers.of_parameters(bucket))
         self.buffers.append(own.new_empty(bucket.numel) if self.keeps_apart(bucket) else own)
         self.slices.append(own)
@@ -135,7 +136,6 @@ class FlatParameters:
 
         self.chunks.append(Chunk())
         self.chunks[-1].include(mine)
-        self.chunks[-1].evict()
 
     def drop_masters(self) -> None:
         """Keep the values in the model's dtype alone."""

@@ -263,7 +263,8 @@ class GradientReducer:
             state = _BucketGradient(bucket, tier=self._tier_of(bucket) if self.policy.shard_gradients else None)
             self._buckets.append(state)
             for placement in state.bucket.placements:
-                parameter, arrival = parameters[placement.spec.name], Arrival(functools.partial(self._receive, state, placement))
+                parameter = parameters[placement.spec.name]
+                arrival = Arrival(functools.partial(self._receive, state, placement))
                 # torch refuses the hook to a parameter that is frozen at the moment, but it lives through a freeze.
                 trained, parameter.requires_grad = parameter.requires_grad, True
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(arrival))

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from .. import native
+from ..accelerator import get_accelerator
 from ..memory.layout import Bucket
 from ..memory.tiers import Evictable, FileTier
+from ..native.file_engine import QueueOptions
+
+if TYPE_CHECKING:
+    from ..config import DeepSpeedConfig
 
 BEHIND = 2
 """Gradients of so many slices may be on their way to the file while the next is reduced."""
@@ -58,6 +65,38 @@ class Tiers:
 
 IN_MEMORY = Tiers()
 """No state lies anywhere else."""
+
+
+def open_tiers(config: DeepSpeedConfig) -> Tiers:
+    """The files of the states that are to lie in files, one for each directory. OSError where one cannot be made."""
+    parameters, states = config.zero_optimization.offload_param, config.zero_optimization.offload_optimizer
+    files: dict[str, FileTier] = {}
+    for offload in (parameters, states):
+        path = offload.nvme_path
+        if offload.device == "nvme" and path is not None and path not in files:
+            files[path] = FileTier(Path(path), QueueOptions(**{name: getattr(config.aio, name) for name in _QUEUE_OPTIONS}))
+    return Tiers(
+        parameters=files.get(parameters.nvme_path or "") if parameters.device == "nvme" else None,
+        states=files.get(states.nvme_path or "") if states.device == "nvme" else None,
+        parameters_in_memory=Allowance(numel=parameters.max_in_cpu),
+        states_in_memory=Allowance(share=1 - states.ratio),
+        ahead=states.reads_ahead,
+        behind=states.writes_behind,
+    )
+
+
+_QUEUE_OPTIONS = tuple(option.name for option in fields(QueueOptions))
+
+
+def refuse_other_devices(config: DeepSpeedConfig) -> None:
+    """Raise ValueError where states are to move from an accelerator: so far they do from the CPU's memory alone, where
+    device cpu is what is so anyway."""
+    zero, here = config.zero_optimization, get_accelerator().kind
+    if here != "cpu" and (zero.offloads_optimizer or zero.offloads_parameters):
+        raise ValueError(
+            f"zero_optimization.offload_optimizer and offload_param move states out of the CPU's memory; from {here} is not "
+            "built yet: set their device to none, or DS_ACCELERATOR=cpu"
+        )
 
 
 def elementwise(states: Iterable[Mapping[str, object]]) -> Iterator[Tensor]:

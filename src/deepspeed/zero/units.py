@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..comm.communicator import Communicator
 from ..comm.operations import DONE, Pending
 from ..memory.layout import Bucket
+from ..memory.tiers import Chunk
 from ..native.files import FileTransfer
 from . import released
 from .parameters import FlatParameters
@@ -60,6 +61,11 @@ class UnitPart:
             (flat.parameters[place.spec.name], flat.view(bucket, place).view(place.spec.shape))
             for place in bucket.placements
         ]
+
+    @property
+    def chunk(self) -> Chunk:
+        """What of the slice lies below memory."""
+        return self.flat.chunks[self.bucket.index]
 
     @property
     def whole(self) -> Tensor:
