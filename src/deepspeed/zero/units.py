@@ -117,9 +117,9 @@ class _GatherOfRead:
 
 class ParameterUnit:
     """The parameters of ``parts``, which come released: all sharded or all whole. ``holds`` counts who needs it whole
-    now; ``on_touch`` is called for a parameter that is computed with while it is released; ``freed`` is told of memory that
-    ``let_go`` frees, outside of training steps. Released parameters have the
-    shape (0,) where ``shows_sizes`` is False, and else their own, for who asks."""
+    now; ``on_touch`` is called for a parameter that is computed with while it is released, ``on_hold`` where the unit is
+    made whole by hand; ``freed`` is told of memory that ``let_go`` frees, outside of training steps. Released parameters
+    have the shape (0,) where ``shows_sizes`` is False, and else their own, for who asks."""
 
     ranks_agree = True
 
@@ -131,6 +131,7 @@ class ParameterUnit:
         self.state = UnitState.SHARDED
         self.holds = 0
         self.on_touch: OnTouch = refuse
+        self.on_hold: Callable[[ParameterUnit], None] = lambda unit: None
         self.constructor: Constructor | None = None
         self.freed: FreedMemory | None = None
         self.shows_sizes = False
@@ -183,8 +184,9 @@ class ParameterUnit:
 
     def hold(self) -> None:
         """Make the unit whole until ``let_go``."""
-        self.finish_fetch()
         self.holds += 1
+        self.finish_fetch()
+        self.on_hold(self)
 
     def let_go(self) -> None:
         """Take back a ``hold``; after the last one the unit is released."""
@@ -224,6 +226,7 @@ class ParameterUnit:
     def refuse_touches(self) -> None:
         """From now on, computing with a parameter while it is released is an error."""
         self.on_touch = refuse
+        self.on_hold = lambda unit: None
         self.constructor = None
 
     def describe(self, parameter: nn.Parameter) -> str:
