@@ -51,7 +51,7 @@ def save_training_checkpoint(
         client_tensors: dict[str, Tensor] = {}
         encoded = encode(client_state, "client_state", client_tensors)
         others = {name: value for name, value in untrained_tensors(engine).items() if name not in left_out}
-        groups = trained_pieces(engine.optimizer, communicator) + frozen_pieces(engine, left_out)
+        groups = trained_pieces(engine.optimizer) + frozen_pieces(engine, left_out)
         if communicator.rank == 0:
             groups.append(Pieces({piece_name(WEIGHT, name, 0): Piece(value) for name, value in others.items()}))
             groups.append(Pieces({client_name(name): Piece(value) for name, value in client_tensors.items()}))
@@ -75,14 +75,16 @@ def save_training_checkpoint(
         write_latest(directory, tag, communicator)
 
 
-def trained_pieces(optimizer: ShardedOptimizer | None, communicator: Communicator) -> list[Pieces]:
+def trained_pieces(optimizer: ShardedOptimizer | None) -> list[Pieces]:
     """This rank's part of the trained parameters and their optimizer states, bucket by bucket; rank 0's is all where they
-    are whole.
+    are whole, and the first copy's where there are several.
 
     Raises CheckpointError for a state that is neither of its parameter's size nor a number: no other rank count could
     load it.
     """
-    if optimizer is None or (communicator.rank != 0 and not optimizer.policy.shard_optimizer):
+    if optimizer is None:
+        return []
+    if not (optimizer.groups.is_first_copy if optimizer.policy.shard_optimizer else optimizer.communicator.rank == 0):
         return []
     return [
         Pieces(_pieces_of(optimizer, shard), optimizer.flat.chunks[shard.bucket.index].reading) for shard in optimizer.shards
@@ -101,6 +103,8 @@ def _pieces_of(optimizer: ShardedOptimizer, shard: FlatShard) -> dict[str, Piece
 def frozen_pieces(engine: EngineInformation, left_out: Collection[str]) -> list[Pieces]:
     """This rank's part of the parameters that are sharded and not trained, but for those ``left_out``."""
     model = engine.sharded_model
+    if not model.groups.is_first_copy:
+        return []
     return [
         Pieces(
             {

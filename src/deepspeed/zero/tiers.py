@@ -136,10 +136,6 @@ class GradientTier:
         """The norm of ``kept`` is another one now."""
         self._norms.pop(self._file.evictable(kept), None)
 
-    def forget(self, kept: Tensor) -> None:
-        """Free the memory of ``kept``, which nobody needs any more."""
-        self._file.evictable(kept).drop()
-
     def settle(self) -> None:
         """Have all written that is on its way."""
         while self._leaving:
