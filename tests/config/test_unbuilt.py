@@ -11,8 +11,9 @@ SWITCHED_ON: dict[str, dict[str, Any]] = {
     "zero_optimization.stage3_use_all_reduce_for_fetch_params": {
         "zero_optimization": {"stage": 3, "stage3_use_all_reduce_for_fetch_params": True}
     },
-    "zero_optimization.offload_optimizer.device": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
-    "zero_optimization.offload_param.device": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+    "zero_optimization.offload_optimizer.super_offload": {
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "super_offload": True}}
+    },
     "zero_optimization.zero_quantized_weights": {"zero_optimization": {"zero_quantized_nontrainable_weights": True}},
     "zero_optimization.zero_quantized_gradients": {"zero_optimization": {"zero_quantized_gradients": True}},
     "zero_optimization.zero_hpz_partition_size": {"zero_optimization": {"zero_hpz_partition_size": 8}},
