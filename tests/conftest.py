@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.pool import Pool
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
