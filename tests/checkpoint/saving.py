@@ -13,7 +13,7 @@ from deepspeed.checkpoint.directory import write_checkpoint, write_latest
 from deepspeed.checkpoint.reader import WEIGHT, CheckpointReader, piece_name
 from deepspeed.checkpoint.writer import Piece, Pieces
 
-ALONE: Any = SimpleNamespace(rank=0, size=1, gather_objects=lambda value: [value])
+ALONE: Any = SimpleNamespace(rank=0, size=1, gather_objects=lambda value, purpose="": [value])
 SHAPES = {"matrix": (3, 4), "model.bias": (5,)}
 
 
