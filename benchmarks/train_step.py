@@ -19,9 +19,7 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,11 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ranks import run_ranks
+
 BENCHMARK_OPTIONS = ("layers", "width", "heads", "vocabulary", "context", "micro_batch", "accumulation", "steps")
 LARGEST = ("peak_bytes", "resident_bytes", "state_bytes", "cpu_seconds")
 """Figures of which the largest rank's counts."""
-
-TIMEOUT_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -186,66 +184,18 @@ def _merge(gathered: list[dict[str, Any]], *, parameters: int, parameter_bytes: 
     }
 
 
-def run_ranks(candidate: Candidate, options: argparse.Namespace) -> dict[str, Any]:
-    """Start the ranks of ``candidate`` and return their figures. Raises RuntimeError with the end of the output of the
-    rank that failed, after ending the others."""
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+def measure(candidate: Candidate, options: argparse.Namespace) -> dict[str, Any]:
+    """Start the ranks of ``candidate`` and return their figures. Raises RuntimeError where one fails."""
+    with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "figures.json"
         command = [candidate.python, str(Path(__file__).resolve()), "--engine", candidate.engine]
         command += ["--stage", str(candidate.stage), "--optimizer", candidate.optimizer]
         command += ["--precision", options.precision, "--warmup", str(options.warmup), "--json", str(report)]
         for key in BENCHMARK_OPTIONS:
             command += [f"--{key.replace('_', '-')}", str(getattr(options, key))]
-        logs = [Path(folder) / f"rank{rank}.log" for rank in range(options.ranks)]
-        processes = [
-            _start(command, candidate, rank=rank, ranks=options.ranks, port=port, log=log) for rank, log in enumerate(logs)
-        ]
-        try:
-            _wait(processes, logs, candidate)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+        run_ranks(command, options.ranks, name=candidate.name, environment=candidate.environment)
         figures: dict[str, Any] = json.loads(report.read_text())
         return figures
-
-
-def _start(command: list[str], candidate: Candidate, *, rank: int, ranks: int, port: int, log: Path) -> subprocess.Popen[bytes]:
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-        # An environment's own tools (a compiler's build driver, say) come first, as when it is activated.
-        "PATH": f"{Path(candidate.python).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        **candidate.environment,
-    }
-    with log.open("wb") as output:
-        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-
-
-def _wait(processes: list[subprocess.Popen[bytes]], logs: list[Path], candidate: Candidate) -> None:
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while any(process.poll() is None for process in processes):
-        failed = [rank for rank, process in enumerate(processes) if process.poll()]
-        if failed or time.monotonic() > deadline:
-            break
-        time.sleep(0.05)
-    for rank, process in enumerate(processes):
-        if process.poll():
-            tail = "\n".join(logs[rank].read_text(errors="replace").splitlines()[-25:])
-            raise RuntimeError(f"{candidate.name}: rank {rank} ended with status {process.returncode}:\n{tail}")
-    if any(process.poll() is None for process in processes):
-        raise RuntimeError(f"{candidate.name}: not finished after {TIMEOUT_SECONDS} s")
 
 
 def compare(candidates: list[Candidate], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -253,7 +203,7 @@ def compare(candidates: list[Candidate], options: argparse.Namespace) -> list[di
     runs: dict[str, list[dict[str, Any]]] = {candidate.name: [] for candidate in candidates}
     for number in range(options.rounds):
         for candidate in candidates:
-            figures = run_ranks(candidate, options)
+            figures = measure(candidate, options)
             print(f"round {number + 1} {candidate.name}: {figures['step_seconds']:.3f} s", file=sys.stderr, flush=True)
             runs[candidate.name].append(figures)
     results = []
