@@ -25,7 +25,9 @@ from torch.nn.parameter import is_lazy
 
 from ..comm.communicator import Communicator
 from ..comm.operations import Pending
+from ..memory.heap import FreedMemory
 from ..memory.layout import FlatLayout, ParameterSpec
+from ..memory.pool import BufferPool
 from .parameters import FlatParameters, unchanged
 from .released import home_of
 from .units import ParameterUnit, Replica, UnitPart
@@ -35,6 +37,9 @@ HELD_WHILE_TOUCHED = 4
 
 INCOMPLETE = 3
 """Modules whose parameters stay whole as long as nothing registers these modules."""
+
+FREED_NBYTES = 64 << 20
+"""Bytes of whole parameters that are freed before the system gets back the holes that they leave."""
 
 UNDER_WAY = 2
 """Slices that are on their way to the other ranks while the next parameters are constructed."""
@@ -56,6 +61,8 @@ class ModuleSharder:
         self._residents: list[nn.Parameter] = []
         self._touched: deque[ParameterUnit] = deque()
         self._under_way: deque[tuple[Pending, Tensor | None]] = deque()
+        self._wholes = BufferPool()
+        self._freed = FreedMemory(FREED_NBYTES)
         self._constructed_in: WeakKeyDictionary[ParameterUnit, torch.dtype] = WeakKeyDictionary()
 
     def parameter_registered(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -82,6 +89,8 @@ class ModuleSharder:
             self._shard_own(module)
         self._keep_touched(0)
         self.settle()
+        self._wholes.release()
+        self._freed.give_back()
         self._replicate()
         self._refuse_touches()
 
@@ -108,7 +117,10 @@ class ModuleSharder:
     def settle(self, under_way: int = 0) -> None:
         """Wait until at most so many slices are under way to the other ranks."""
         while len(self._under_way) > under_way:
-            self._under_way.popleft()[0].wait()
+            pending, whole = self._under_way.popleft()
+            pending.wait()
+            if whole is not None:
+                self._wholes.give_back(whole)
 
     # -- sharding --------------------------------------------------------------------------------------------------------
 
@@ -134,19 +146,21 @@ class ModuleSharder:
         layout = FlatLayout.build([spec], shards=self._communicator.size, bucket_numel=0)
         own = parameter.new_empty(layout.slice_numel, dtype=dtype)
         self._scatter(parameter, layout, own, purpose=f"scatter of '{name}'")
-        self._adopt(parameter, name, layout, own, constructed_in=parameter.dtype)
+        constructed_in, nbytes = parameter.dtype, parameter.nbytes
+        self._adopt(parameter, name, layout, own, constructed_in=constructed_in)
+        self._freed.add(nbytes)
 
     def _scatter(self, parameter: nn.Parameter, layout: FlatLayout, own: Tensor, *, purpose: str) -> None:
         """Give each rank its slice of rank 0's values."""
+        self.settle(UNDER_WAY - 1)
         whole = None
         if self._communicator.rank == 0:
             (bucket,) = layout.buckets
             (placement,) = bucket.placements
-            whole = own.new_empty(bucket.numel)
+            whole = self._wholes.take(bucket.numel, dtype=own.dtype, device=own.device)
             whole[placement.start : placement.stop].view(placement.spec.shape).copy_(parameter.detach())
             for gap in bucket.gaps:
                 whole[gap].zero_()
-        self.settle(UNDER_WAY - 1)
         self._under_way.append((self._communicator.scatter(whole, own, purpose=purpose), whole))
 
     def _adopt(
@@ -178,6 +192,7 @@ class ModuleSharder:
             for parameter in unit.parameters():
                 purpose = f"scatter of {unit.describe(parameter)}"
                 self._scatter(parameter, part.flat.layout, part.flat.own_slice(part.bucket), purpose=purpose)
+                self._freed.add(parameter.nbytes)
             unit.let_go()
 
     @torch.no_grad()
