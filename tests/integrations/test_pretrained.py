@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -27,6 +28,8 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 
 import deepspeed
+from deepspeed.memory.heap import FreedMemory
+from deepspeed.zero.construction import FREED_NBYTES
 
 from .common import assert_same, isolated, weights
 
@@ -284,3 +287,46 @@ def test_a_sharded_model_is_saved_from_its_whole_state_dict_and_not_by_itself(ra
     model.save_pretrained(tmp_path / "first")
     ranks(2, saved_again, str(tmp_path / "first"), str(tmp_path / "second"))
     assert_same(state(GPT2LMHeadModel.from_pretrained(tmp_path / "second")), state(model))
+
+
+def anonymous_bytes() -> int:
+    """This process's resident memory that is no file's: a checkpoint that is mapped into memory does not count."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
+
+
+@isolated
+def peak_while_loading(folder: str) -> tuple[int, int]:
+    """How far this process's memory rises while it loads a model, and the bytes of that model."""
+    alive = HfDeepSpeedConfig(ds_config(bf16={"enabled": True}))
+    FreedMemory(0).give_back()
+    before = anonymous_bytes()
+    peak, loaded = before, Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not loaded.wait(0.002):
+            peak = max(peak, anonymous_bytes())
+
+    watcher = Thread(target=watch)
+    watcher.start()
+    try:
+        model = LlamaForCausalLM.from_pretrained(folder)
+    finally:
+        loaded.set()
+        watcher.join()
+    assert alive and is_sharded(model)
+    return peak - before, sum(p.ds_numel * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_a_rank_needs_its_shard_and_a_layer_to_load_a_model_of_several_files(ranks, tmp_path):
+    sizes = {"vocab_size": 512, "hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 8}
+    config = LlamaConfig(**sizes, num_hidden_layers=12, bos_token_id=0, eos_token_id=1)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    model.save_pretrained(tmp_path, max_shard_size="40MB")
+    del model
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    for rise, whole in ranks(2, peak_while_loading, str(tmp_path)):
+        assert rise < whole / 2 + 4 * layer + FREED_NBYTES  # that of one that read all would be 1.5 wholes

@@ -175,6 +175,7 @@ class ModuleSharder:
         unit = ParameterUnit(0, name, [part], self._communicator)
         unit.on_touch = self._on_touch
         unit.constructor = self
+        unit.freed = self._freed
         unit.shows_sizes = True
         self._constructed_in[unit] = constructed_in
 
@@ -192,7 +193,6 @@ class ModuleSharder:
             for parameter in unit.parameters():
                 purpose = f"scatter of {unit.describe(parameter)}"
                 self._scatter(parameter, part.flat.layout, part.flat.own_slice(part.bucket), purpose=purpose)
-                self._freed.add(parameter.nbytes)
             unit.let_go()
 
     @torch.no_grad()

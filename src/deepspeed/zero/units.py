@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..comm.communicator import Communicator
 from ..comm.operations import Pending
+from ..memory.heap import FreedMemory
 from ..memory.layout import Bucket
 from . import released
 from .parameters import FlatParameters
@@ -90,7 +91,8 @@ class UnitPart:
 
 class ParameterUnit:
     """The parameters of ``parts``, which come released: all sharded or all whole. ``holds`` counts who needs it whole
-    now; ``on_touch`` is called for a parameter that is computed with while it is released. Released parameters have the
+    now; ``on_touch`` is called for a parameter that is computed with while it is released; ``freed`` is told of memory that
+    ``let_go`` frees, outside of training steps. Released parameters have the
     shape (0,) where ``shows_sizes`` is False, and else their own, for who asks."""
 
     ranks_agree = True
@@ -104,6 +106,7 @@ class ParameterUnit:
         self.holds = 0
         self.on_touch: OnTouch = refuse
         self.constructor: Constructor | None = None
+        self.freed: FreedMemory | None = None
         self.shows_sizes = False
         self._communicator = communicator
         self._pending: list[Pending] = []
@@ -162,6 +165,8 @@ class ParameterUnit:
         self.holds -= 1
         if not self.holds:
             self.release()
+            if self.freed is not None:
+                self.freed.add(sum(part.bucket.numel * part.whole.element_size() for part in self.parts))
 
     def touched(self, parameter: nn.Parameter, operation: str) -> None:
         """Make the unit whole for ``operation``, or raise."""
