@@ -29,6 +29,9 @@ from .parameters import FlatParameters
 OnTouch = Callable[["ParameterUnit", nn.Parameter, str], None]
 """Makes a released parameter of a unit whole for an operation (its name), or raises."""
 
+OnMemory = Callable[["ParameterUnit", int], None]
+"""Hears of so many elements more, or fewer, that have memory."""
+
 
 class Constructor(Protocol):
     """Constructs the model that a unit belongs to."""
@@ -91,8 +94,9 @@ class UnitPart:
 
 class ParameterUnit:
     """The parameters of ``parts``, which come released: all sharded or all whole. ``holds`` counts who needs it whole
-    now; ``on_touch`` is called for a parameter that is computed with while it is released; ``freed`` is told of memory that
-    ``let_go`` frees, outside of training steps. Released parameters have the
+    now; ``on_touch`` is called for a parameter that is computed with while it is released; ``on_memory``
+    when the whole buffers get memory or lose it; ``freed`` is told of memory that ``let_go`` frees, outside of training
+    steps. Released parameters have the
     shape (0,) where ``shows_sizes`` is False, and else their own, for who asks."""
 
     ranks_agree = True
@@ -106,6 +110,7 @@ class ParameterUnit:
         self.holds = 0
         self.on_touch: OnTouch = refuse
         self.constructor: Constructor | None = None
+        self.on_memory: OnMemory = lambda unit, change: None
         self.freed: FreedMemory | None = None
         self.shows_sizes = False
         self._communicator = communicator
@@ -128,6 +133,7 @@ class ParameterUnit:
             with torch.no_grad():
                 self._pending = [part.start_fetch(self._communicator, tag=tag, purpose=purpose) for part in self.parts]
             self.state = UnitState.FETCHED
+            self.on_memory(self, self.numel)
 
     def finish_fetch(self) -> None:
         """Make the unit whole."""
@@ -152,6 +158,7 @@ class ParameterUnit:
             for part in self.parts:
                 part.release()
             self.state = UnitState.SHARDED
+            self.on_memory(self, -self.numel)
 
     # -- the face of a home (released.Home) ----------------------------------------------------------------------------
 
