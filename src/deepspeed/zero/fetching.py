@@ -38,6 +38,8 @@ class UnitFetcher:
         self.most_live_numel = 0
         self._limits = limits
         self._order = FetchOrder()
+        # Those to have before they are needed, nearest first, and what is to join them: good as long as guesses are right
+        # and nobody releases one of them.
         self._ahead: dict[ParameterUnit, None] = {}
         self._ahead_numel = 0
         self._beyond: Iterator[ParameterUnit] = iter(())
@@ -62,11 +64,12 @@ class UnitFetcher:
             unit.finish_fetch()
 
     def let_go(self, units: Iterable[ParameterUnit]) -> None:
-        """Take back a ``hold``; what nobody holds any more is released, or set aside where it is expected."""
+        """Take back a ``hold``; what nobody holds any more is released, or set aside where it is expected or would be fetched
+        ahead again."""
         for unit in units:
             unit.holds -= 1
             if not unit.holds:
-                unit.set_aside() if self._is_expected(unit) else unit.release()
+                unit.set_aside() if unit in self._ahead or self._is_expected(unit) else unit.release()
 
     def end_backward(self) -> None:
         """Release what nobody holds: its values are about to change."""
@@ -109,10 +112,10 @@ class UnitFetcher:
             self._beyond = (self.units[index] for index in self._order.upcoming())
             self._next = next(self._beyond, None)
             joining = self._extend_ahead()
-            for unit in self.units:
-                if not unit.holds and unit.state is not UnitState.SHARDED and unit not in self._ahead:
-                    if not self._is_expected(unit):
-                        unit.release()
+            idle = (unit for unit in self.units if unit.state is not UnitState.SHARDED and not unit.holds)
+            for unit in idle:
+                if unit not in self._ahead and not self._is_expected(unit):
+                    unit.release()
         for unit in joining:
             unit.start_fetch()
         self.most_live_numel = max(self.most_live_numel, self.live_numel)
