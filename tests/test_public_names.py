@@ -83,8 +83,8 @@ NAMES: dict[str, list[str]] = {
     "runtime.lr_schedules": [*SCHEDULES, *SCHEDULE_CONSTANTS],
     "runtime.utils": ["move_to_device", "see_memory_usage"],
     "runtime.zero": [
-        *["GatheredParameters", "Init", "ZeroParamStatus", "config", "partition_parameters", "stage3", "stage_1_and_2"],
-        "tiling",
+        *["GatheredParameters", "Init", "ZeroParamStatus", "config", "offload_config", "offload_states"],
+        *["partition_parameters", "stage3", "stage_1_and_2", "tiling"],
     ],
     "runtime.zero.partition_parameters": [
         *["GatheredParameters", "Init", "ZeroParamStatus", "_orig_torch_arange", "get_accelerator"],
@@ -93,6 +93,8 @@ NAMES: dict[str, list[str]] = {
     "runtime.zero.config": [
         *["DeepSpeedZeroConfig", "DeepSpeedZeroOffloadOptimizerConfig", "DeepSpeedZeroOffloadParamConfig"],
     ],
+    "runtime.zero.offload_config": ["OffloadDeviceEnum", "OffloadStateTypeEnum"],
+    "runtime.zero.offload_states": ["get_state_devices"],
     "runtime.zero.stage3": estimators(3),
     "runtime.zero.stage_1_and_2": ["DeepSpeedZeroOptimizer", *estimators(2)],
     "runtime.zero.tiling": ["TiledLinear", "TiledLinearReturnBias"],

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 class CollectiveError(RuntimeError):
@@ -60,6 +61,21 @@ class Deferred:
 
 DONE: Pending = Deferred()
 """An operation that has nothing to do."""
+
+
+class Converted:
+    """An ``operation`` on ``sent``, ``buffer`` itself or a copy of it in another dtype; its result is put into ``buffer``."""
+
+    def __init__(self, operation: Pending, sent: Tensor, buffer: Tensor):
+        self._operation = operation
+        self._sent = sent
+        self._buffer = buffer
+
+    def wait(self) -> None:
+        """Wait for the operation."""
+        self._operation.wait()
+        if self._sent is not self._buffer:
+            self._buffer.copy_(self._sent)
 
 
 class Started:

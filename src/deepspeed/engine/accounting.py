@@ -19,7 +19,7 @@ def measure_model_states(
     parameters = _bytes([*module.parameters(), *model.trained.slices, *model.frozen.slices], seen)
     if optimizer is None:
         return ModelStateBytes(parameters=parameters, gradients=0, master=0, optimizer=0)
-    gradients = _bytes(optimizer.reducer.buffers(), seen)
+    gradients = _bytes([t for kept in (True, False) for t in optimizer.reducer.buffers(kept=kept)], seen)
     gradients += _bytes((p.grad for p in module.parameters() if p.grad is not None), seen)
     master = _bytes(optimizer.flat.masters, seen)
     states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]

@@ -193,6 +193,7 @@ def shard_model(
         overlap=settings.overlap,
     )
     model.scopes.unit_done = reducer.unit_done
+    reducer.presence = model.trained.presence
     make_inspectable(sharded)
     return model, sharded
 

@@ -26,13 +26,13 @@ from ..zero.optimizer import ShardedOptimizer
 from .weights import frozen_parameters
 
 if TYPE_CHECKING:
-    from .engine import DeepSpeedEngine
+    from .information import EngineInformation
 
 logger = logging.getLogger("DeepSpeed")
 
 
 def save_training_checkpoint(
-    engine: DeepSpeedEngine,
+    engine: EngineInformation,
     directory: Path,
     *,
     tag: str,
@@ -42,6 +42,7 @@ def save_training_checkpoint(
 ) -> None:
     """Write the engine's states under ``directory/tag``. Called on every rank."""
     communicator = engine.communicator
+    engine.sharded_model.trained.presence.require("save_checkpoint")
     tag = _agreed_tag(tag, communicator, engine.settings.checkpoint.tag_validation)
     left_out = frozen_parameters(engine.module) if exclude_frozen_parameters else set()
 
@@ -89,7 +90,7 @@ def trained_pieces(optimizer: ShardedOptimizer | None, communicator: Communicato
     return pieces
 
 
-def frozen_pieces(engine: DeepSpeedEngine, left_out: Collection[str]) -> dict[str, Tensor]:
+def frozen_pieces(engine: EngineInformation, left_out: Collection[str]) -> dict[str, Tensor]:
     """This rank's part of the parameters that are sharded and not trained, but for those ``left_out``."""
     return {
         piece_name(WEIGHT, fragment.spec.name, fragment.parameter_start): shard.tensor[fragment.slice_range]
@@ -99,7 +100,7 @@ def frozen_pieces(engine: DeepSpeedEngine, left_out: Collection[str]) -> dict[st
     }
 
 
-def model_shapes(engine: DeepSpeedEngine) -> dict[str, tuple[int, ...]]:
+def model_shapes(engine: EngineInformation) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of the module, by the name under which it is stored, in the module's order."""
     shapes = {name: tuple(value.shape) for name, value in untrained_tensors(engine).items()}
     for flat in (engine.sharded_model.trained, engine.sharded_model.frozen):
@@ -107,7 +108,7 @@ def model_shapes(engine: DeepSpeedEngine) -> dict[str, tuple[int, ...]]:
     return {name: shapes[name] for name in engine.module.state_dict(keep_vars=True) if name in shapes}
 
 
-def untrained_tensors(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+def untrained_tensors(engine: EngineInformation) -> dict[str, Tensor]:
     """The module's tensors that are whole on every rank and not trained, by their first names in its state dict."""
     model = engine.sharded_model
     seen = {id(p) for flat in (model.trained, model.frozen) for p in flat.parameters.values()}
@@ -119,7 +120,7 @@ def untrained_tensors(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     return found
 
 
-def _tied_names(engine: DeepSpeedEngine) -> dict[str, str]:
+def _tied_names(engine: EngineInformation) -> dict[str, str]:
     """The other names of the module's tensors, each with the one under which the tensor is stored."""
     model = engine.sharded_model
     first = {id(p): name for flat in (model.trained, model.frozen) for name, p in flat.parameters.items()}
@@ -127,7 +128,7 @@ def _tied_names(engine: DeepSpeedEngine) -> dict[str, str]:
     return {name: first[id(value)] for name, value in tensors.items() if first.setdefault(id(value), name) != name}
 
 
-def _small_states(engine: DeepSpeedEngine) -> dict[str, Any]:
+def _small_states(engine: EngineInformation) -> dict[str, Any]:
     optimizer, scheduler = engine.optimizer, engine.lr_scheduler
     within_step = engine._accumulation.micro_steps
     if within_step and engine.communicator.rank == 0:

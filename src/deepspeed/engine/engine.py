@@ -9,30 +9,24 @@ once per micro-batch; the parameters change at every ``gradient_accumulation_ste
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config.batch import BatchSizes
-from ..logs import log_dist
 from ..profiling.wall_clock import ThroughputTimer, WallClockTimers
 from ..zero.optimizer import ShardedOptimizer
 from .batches import check_loss, loss_of
-from .checkpointing import save_training_checkpoint
-from .information import EngineInformation
-from .instruments import Instruments
+from .instruments import Instruments, training_events
 from .loader import RepeatingLoader
 from .parts import Accumulation, EngineParts
-from .restoring import LoadRequest, load_training_checkpoint
-from .weights import consolidated_state_dict, save_weights
+from .states import EngineStates
 
 
-class DeepSpeedEngine(EngineInformation):
+class DeepSpeedEngine(EngineStates):
     """Wraps a module for training. Attributes that the engine does not have are the module's."""
 
     def __init__(self, module: nn.Module, parts: EngineParts):
@@ -115,7 +109,7 @@ class DeepSpeedEngine(EngineInformation):
             self.lr_scheduler.step(**lr_kwargs)
         self._instruments.report(counters.global_steps, self._progress)
         if self._parts.monitor.enabled:
-            self._write_events(optimizer)
+            self._parts.monitor.write_events(training_events(self, self._accumulation.mean_loss()))
         self._accumulation.start_over()
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
@@ -217,103 +211,7 @@ class DeepSpeedEngine(EngineInformation):
         if self.optimizer is not None:
             self.optimizer.reducer.accumulate_in(self._parts.precision.kept_dtype(sizes.accumulation))
 
-    # -- saving, loading, ending -------------------------------------------------------------------------------------
-
-    def save_checkpoint(
-        self,
-        save_dir: str | Path,
-        tag: str | None = None,
-        client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Save all states under ``save_dir/tag`` (``global_step<N>`` where None). Called on every rank.
-
-        The checkpoint appears whole or not at all; ``latest`` names it afterwards where ``save_latest``.
-        ``client_state`` (JSON-like values and tensors) comes back from ``load_checkpoint``. With
-        ``exclude_frozen_parameters`` parameters that are not trained stay out: a load keeps the model's own. Returns
-        True.
-        """
-        save_training_checkpoint(
-            self,
-            Path(save_dir),
-            tag=str(tag) if tag is not None else f"global_step{self.global_steps}",
-            client_state=dict(client_state or {}),
-            save_latest=save_latest,
-            exclude_frozen_parameters=exclude_frozen_parameters,
-        )
-        return True
-
-    def load_checkpoint(
-        self,
-        load_dir: str | Path,
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: Callable[..., object] | None = None,
-    ) -> tuple[str | None, dict[str, Any] | None]:
-        """Load the checkpoint ``tag`` (the one that ``latest`` names where None), saved at any world size and stage.
-
-        Returns its path and the client state, or ``(None, None)`` where ``load_dir`` has no checkpoint. A damaged
-        one raises, and leaves the engine as it was. ``load_module_only`` leaves the counters as they are, too.
-        ``custom_load_fn(src=state_dict, dst=module)`` loads the weights in place of the engine: ``src`` is the module's
-        whole state dict on CPU (trained parameters in fp32), whatever this module's names and shapes are; the function
-        writes into ``dst`` on every rank, and the fp32 masters follow. Optimizer states go by the parameters' names.
-        """
-        loaded = load_training_checkpoint(
-            self,
-            Path(load_dir),
-            tag=str(tag) if tag is not None else None,
-            request=LoadRequest(
-                strict=load_module_strict,
-                optimizer_states=load_optimizer_states and not load_module_only,
-                scheduler_states=load_lr_scheduler_states and not load_module_only,
-                counters=not load_module_only,
-                load_module=custom_load_fn,
-            ),
-        )
-        self._accumulation.start_over()
-        return loaded
-
-    def save_16bit_model(
-        self,
-        save_dir: str | Path,
-        save_filename: str = "pytorch_model.bin",
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Write the model's weights alone, in its dtype, to ``save_dir/save_filename``: as safetensors where the name
-        ends so, else as ``torch.save`` does. Called on every rank; rank 0 writes. Returns whether anything was saved: at
-        stage 3 only where ``stage3_gather_16bit_weights_on_model_save`` allows to gather the whole model on rank 0."""
-        if self.sharded_model.scopes.fetcher.units and not self.zero_gather_16bit_weights_on_model_save():
-            wanted = "zero_optimization.stage3_gather_16bit_weights_on_model_save is false"
-            log_dist(f"save_16bit_model saved nothing: stage 3 gathers no weights on rank 0 while {wanted}", [0])
-            return False
-        state = self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
-        save_weights(Path(save_dir) / save_filename, state, self.communicator)
-        return True
-
-    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> OrderedDict[str, Tensor] | None:
-        """The module's state dict on CPU on rank 0, None on the others. Integrations call it by this name."""
-        return consolidated_state_dict(
-            self.module,
-            self.sharded_model,
-            self.communicator,
-            exclude_frozen_parameters=exclude_frozen_parameters,
-        )
-
-    _consolidated_16bit_state_dict = _zero3_consolidated_16bit_state_dict
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load what ``state_dict`` of the module or of the engine returned; the fp32 masters follow."""
-        if any(name in state_dict for name in self.module.state_dict()):
-            result = self.module.load_state_dict(state_dict, *args, **kwargs)
-        else:
-            result = super().load_state_dict(state_dict, *args, **kwargs)
-        if self.optimizer is not None:
-            self.optimizer.flat.masters_from_parameters()
-        return result
+    # -- compiling, ending -----------------------------------------------------------------------------------------------
 
     def compile(self, backend: str | Callable[..., Any] = "inductor", compile_kwargs: Any = None) -> None:
         """Compile the module in place with ``torch.compile``."""
@@ -332,6 +230,7 @@ class DeepSpeedEngine(EngineInformation):
         if self._destroyed:
             return
         self._destroyed = True
+        self.reload_states()
         if self.optimizer is not None:
             self.optimizer.close()
         self.sharded_model.close()
@@ -357,14 +256,6 @@ class DeepSpeedEngine(EngineInformation):
             f"step={self.global_steps}, skipped={self.skipped_steps}, lr={self.get_lr()}, "
             f"loss={self._accumulation.mean_loss():.4f}, grad_norm={self.get_global_grad_norm():.4f}"
         )
-
-    def _write_events(self, optimizer: ShardedOptimizer) -> None:
-        samples = self.counters.global_samples
-        loss = self._accumulation.mean_loss()
-        events = [("Train/Samples/train_loss", loss, samples), ("Train/Samples/lr", self.get_lr()[0], samples)]
-        if self.fp16_enabled():
-            events.append(("Train/Samples/loss_scale", optimizer.loss_scale, samples))
-        self._parts.monitor.write_events(events)
 
     # -- small helpers -----------------------------------------------------------------------------------------------
 

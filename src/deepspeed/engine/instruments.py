@@ -13,6 +13,7 @@ from ..accelerator import get_accelerator
 from ..comm.communicator import Communicator
 from ..config import DeepSpeedConfig
 from ..logs import logger
+from ..monitor.base import Event
 from ..profiling.flops import FlopsProfiler
 from ..profiling.memory import memory_line
 from ..profiling.wall_clock import ThroughputTimer, WallClockTimers
@@ -108,3 +109,12 @@ class Instruments:
         options = self._config.comms_logger
         shown = None if options.prof_all else options.prof_ops
         return f"communication of rank {self._communicator.rank} so far\n{self._communicator.log.table(shown)}"
+
+
+def training_events(engine: EngineInformation, loss: float) -> list[Event]:
+    """What monitors are told of an optimizer step of ``engine`` whose mean loss is ``loss``."""
+    samples = engine.counters.global_samples
+    events = [("Train/Samples/train_loss", loss, samples), ("Train/Samples/lr", engine.get_lr()[0], samples)]
+    if engine.optimizer is not None and engine.fp16_enabled():
+        events.append(("Train/Samples/loss_scale", engine.optimizer.loss_scale, samples))
+    return events

@@ -29,7 +29,7 @@ from ..zero.unfreezing import unfreeze
 from .checkpointing import model_shapes, untrained_tensors
 
 if TYPE_CHECKING:
-    from .engine import DeepSpeedEngine
+    from .information import EngineInformation
 
 logger = logging.getLogger("DeepSpeed")
 
@@ -72,13 +72,14 @@ class _Plan:
 
 
 def load_training_checkpoint(
-    engine: DeepSpeedEngine, directory: Path, *, tag: str | None, request: LoadRequest
+    engine: EngineInformation, directory: Path, *, tag: str | None, request: LoadRequest
 ) -> tuple[str | None, dict[str, Any] | None]:
     """Load ``directory/tag``, or what ``latest`` names. Called on every rank.
 
     Raises CheckpointError on all ranks, with the engine as it was, where one of them cannot load.
     """
     communicator = engine.communicator
+    engine.sharded_model.trained.presence.require("load_checkpoint")
     found = on_all_ranks(lambda: tag or read_latest(directory), f"loading {directory}", communicator)
     tags = communicator.gather_objects(found, purpose="agreement on the checkpoint to load")
     if len(set(tags)) > 1:
@@ -106,7 +107,7 @@ def load_training_checkpoint(
     return str(directory / found), client_state
 
 
-def _check_fit(engine: DeepSpeedEngine, reader: CheckpointReader, request: LoadRequest) -> None:
+def _check_fit(engine: EngineInformation, reader: CheckpointReader, request: LoadRequest) -> None:
     """Raise CheckpointError where the checkpoint is of another model or optimizer."""
     optimizer = engine.optimizer
     shapes = model_shapes(engine)
@@ -130,7 +131,7 @@ def _unfreeze_as_saved(optimizer: ShardedOptimizer, reader: CheckpointReader) ->
         unfreeze(optimizer, names)
 
 
-def _make_plan(engine: DeepSpeedEngine, reader: CheckpointReader, request: LoadRequest) -> _Plan:
+def _make_plan(engine: EngineInformation, reader: CheckpointReader, request: LoadRequest) -> _Plan:
     optimizer, ours = engine.optimizer, untrained_tensors(engine)
     plan = _Plan(numbers=_numbers(optimizer, reader) if optimizer is not None and request.optimizer_states else {})
     for shard in optimizer.shards if optimizer is not None else ():
@@ -187,7 +188,7 @@ def _of_another_optimizer(reader: CheckpointReader, optimizer: ShardedOptimizer)
 
 
 @torch.no_grad()
-def _install(engine: DeepSpeedEngine, reader: CheckpointReader, plan: _Plan, request: LoadRequest) -> None:
+def _install(engine: EngineInformation, reader: CheckpointReader, plan: _Plan, request: LoadRequest) -> None:
     optimizer, index = engine.optimizer, reader.index
     engine.sharded_model.scopes.fetcher.release_idle()
     if optimizer is not None:
@@ -220,7 +221,7 @@ def _install_schedule(scheduler: Any, saved: dict[str, Any]) -> None:
         )
 
 
-def _install_weights(engine: DeepSpeedEngine, reader: CheckpointReader, plan: _Plan) -> None:
+def _install_weights(engine: EngineInformation, reader: CheckpointReader, plan: _Plan) -> None:
     for shard, kinds in zip(engine.optimizer.shards if engine.optimizer is not None else (), plan.slices, strict=True):
         _fill(shard.tensor, kinds[WEIGHT], reader)
     for shard, fills in zip(engine.sharded_model.frozen_shards, plan.frozen, strict=True):
@@ -232,7 +233,7 @@ def _install_weights(engine: DeepSpeedEngine, reader: CheckpointReader, plan: _P
             tensor.copy_(whole.view(tensor.shape))
 
 
-def _load_module(engine: DeepSpeedEngine, reader: CheckpointReader, load: Callable[..., object]) -> None:
+def _load_module(engine: EngineInformation, reader: CheckpointReader, load: Callable[..., object]) -> None:
     """Let the user's function load the weights. The masters take over what it wrote, in fp32."""
     module, optimizer, communicator = engine.module, engine.optimizer, engine.communicator
     state = OrderedDict((name, reader.whole(name)) for name in reader.shapes)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..checkpoint.directory import on_all_ranks
 from ..checkpoint.utils import clone_tensors_for_torch_save
 from ..comm.communicator import Communicator
+from ..zero.presence import OffloadStateTypeEnum
 from ..zero.sharding import ShardedModel
 
 
@@ -21,6 +22,7 @@ def consolidated_state_dict(
 ) -> OrderedDict[str, Tensor] | None:
     """On rank 0 the module's state dict on CPU, tied tensors shared; None on the others. Called on all ranks. Sharded
     parameters are gathered unit by unit."""
+    model.trained.presence.require("a state dict of the model", OffloadStateTypeEnum.lp_params)
     gathered = _gathered_on_first_rank(model, communicator)
     if communicator.rank != 0:
         return None

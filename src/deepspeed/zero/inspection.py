@@ -271,6 +271,7 @@ def _find(param: nn.Parameter) -> _Home | None:
     optimizer = reference() if reference is not None else None
     if optimizer is None or not optimizer.shards or name not in optimizer.flat.layout.homes:
         return None
+    optimizer.flat.presence.require(f"looking at '{name}'")
     bucket, placement = optimizer.flat.layout.homes[name]
     return _Home(optimizer, bucket, placement)
 

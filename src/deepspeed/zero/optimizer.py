@@ -150,6 +150,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         """
         if closure is not None:
             raise ValueError("a sharded optimizer steps on reduced gradients and cannot re-evaluate a closure")
+        self.flat.presence.require("a step")
         if self.communicator.rank == 0:
             self.frozen.warn_of_unoptimized()
         self.flat.settle()
@@ -176,6 +177,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """This rank's part: the inner optimizer's state, the fp32 slices, the loss scaler. To load it again, world
         size and stage must be the same; ``save_checkpoint`` has no such limit."""
+        self.flat.presence.require("optimizer.state_dict()")
         return {
             "optimizer": self.optimizer.state_dict(),
             "segments": [[segment.start for segment in self.segments.of(shard)] for shard in self.shards],
@@ -187,6 +189,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` of the same rank, world size and stage returned."""
+        self.flat.presence.require("optimizer.load_state_dict()")
         theirs, ours = state_dict["partition_count"], self.flat.layout.shards
         if theirs != ours:
             raise ValueError(

@@ -16,6 +16,7 @@ from ..comm.communicator import Communicator
 from ..comm.operations import DONE, Pending
 from ..memory.layout import Bucket, FlatLayout, Placement
 from . import released
+from .presence import Presence
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -34,7 +35,7 @@ class FlatParameters:
     ``buffers[i]`` is bucket i's whole buffer in the model's dtype; ``slices[i]`` is this shard's slice of it: a part of
     the buffer, or memory of its own where the bucket belongs to a unit, whose buffer comes and goes. ``masters[i]`` is
     the slice in the dtype of the masters: the same memory where the model itself has that dtype. ``settle`` is called
-    before parameters change: what was gathered of them must not outlive the change.
+    before parameters change: what was gathered of them must not outlive the change. ``presence`` knows whether they are here.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class FlatParameters:
         self.slices: list[Tensor] = []
         self.masters: list[Tensor] = []
         self.settle: Callable[[], None] = lambda: None
+        self.presence = Presence()
         self._master_dtype = master_dtype
 
     def move_in(self, communicator: Communicator) -> Iterator[Bucket]:
@@ -130,6 +132,7 @@ class FlatParameters:
     @torch.no_grad()
     def keep(self, parameter: nn.Parameter, bucket: Bucket) -> None:
         """Take this shard's part of the values that ``parameter``, of ``bucket``, has now into slice and master."""
+        self.presence.require(f"a change of {bucket.label}")
         for fragment in bucket.fragments(self.shard):
             if self.parameters[fragment.spec.name] is parameter:
                 start = fragment.parameter_start

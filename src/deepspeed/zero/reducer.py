@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..comm.communicator import Communicator
-from ..comm.operations import Pending
+from ..comm.operations import Converted, Pending
 from ..memory.layout import Bucket, FlatLayout, Placement
 from ..memory.pool import BufferPool
 from .policy import ZeroPolicy
+from .presence import GRADIENTS, Presence
 
 MAXIMUM_IN_FLIGHT = 2
 """Buckets whose reduction may be under way at once; it bounds the transient memory."""
@@ -131,6 +132,7 @@ class GradientReducer:
         self._by_unit = any(bucket.unit is not None for bucket in layout.buckets)
         self._reducing = False
         self._reduced = False
+        self.presence = Presence()
         self._collect(layout.buckets, parameters)
 
     def extend(self, buckets: Sequence[Bucket], parameters: Mapping[str, nn.Parameter]) -> None:
@@ -221,10 +223,17 @@ class GradientReducer:
             for state in self._buckets:
                 state.kept = None
 
-    def buffers(self) -> Iterator[Tensor]:
-        """Every gradient buffer that is allocated now, for accounting."""
+    def buffers(self, *, kept: bool) -> Iterator[Tensor]:
+        """The buffers that are allocated now: those that are kept from step to step, or the others, in which gradients wait
+        for their reduction."""
+        pairs = ((s.kept, s.kept if kept else s.landing) for s in self._buckets)
+        return (buffer for own, buffer in pairs if buffer is not None and (buffer is own) == kept)
+
+    def free_idle(self) -> None:
+        """Free the kept buffers that hold no gradients now."""
         for state in self._buckets:
-            yield from (tensor for tensor in (state.kept, state.landing) if tensor is not None)
+            if state.gradient is None and state.landing is None:
+                state.kept = None
 
     def close(self) -> None:
         """Take the hooks off the parameters and drop all buffers."""
@@ -254,6 +263,7 @@ class GradientReducer:
     # -- arrival -------------------------------------------------------------------------------------------------
 
     def _receive(self, state: _BucketGradient, placement: Placement, gradient: Tensor) -> None:
+        self.presence.require("backward", *GRADIENTS)
         self._land(state, placement, gradient)
         while self._reducing and not self._by_unit and self._waiting and self._waiting[0].complete:
             self._launch(self._waiting.pop(0))
@@ -311,10 +321,10 @@ class GradientReducer:
         scale, purpose = 1.0 / self.settings.divide_after, f"reduction of {state.bucket.label}"
         if not (self.policy.shard_optimizer and self.settings.reduce_scatter):
             operation = self.communicator.all_reduce(sent, scale=scale, purpose=purpose)
-            return _Reduction(state, landing, _Converted(operation, sent, landing))
+            return _Reduction(state, landing, Converted(operation, sent, landing))
         if sent is not landing or not self._sums_in_place_of_kept(state, sent.dtype):
             operation = self.communicator.reduce_scatter(sent, scale=scale, purpose=purpose)
-            return _Reduction(state, landing, _Converted(operation, sent, landing))
+            return _Reduction(state, landing, Converted(operation, sent, landing))
         kept, adds = self._kept_slice(state), state.gradient is not None
         operation = self.communicator.reduce_scatter(sent, out=kept, scale=scale, accumulate=adds, purpose=purpose)
         return _Reduction(state, landing, operation, result=kept)
@@ -373,17 +383,3 @@ class GradientReducer:
 
     def _device(self, state: _BucketGradient) -> torch.device:
         return self._parameters[state.bucket.placements[0].spec.name].device
-
-
-class _Converted:
-    """A reduction of ``sent`` whose result belongs in ``landing``."""
-
-    def __init__(self, operation: Pending, sent: Tensor, landing: Tensor):
-        self._operation = operation
-        self._sent = sent
-        self._landing = landing
-
-    def wait(self) -> None:
-        self._operation.wait()
-        if self._sent is not self._landing:
-            self._landing.copy_(self._sent)

@@ -129,6 +129,7 @@ def move_in(
     needs = {modules[name]: [units[index] for index in indices] for name, indices in layout.plan.needs.items()}
     scopes = ModuleScopes(UnitFetcher(units, limits), needs)
     trained.settle = scopes.settle
+    frozen.presence = trained.presence
     return ShardedModel(module, trained, frozen, scopes, communicator, fetching)
 
 

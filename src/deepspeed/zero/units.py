@@ -25,6 +25,7 @@ from ..memory.heap import FreedMemory
 from ..memory.layout import Bucket
 from . import released
 from .parameters import FlatParameters
+from .presence import OffloadStateTypeEnum
 
 OnTouch = Callable[["ParameterUnit", nn.Parameter, str], None]
 """Makes a released parameter of a unit whole for an operation (its name), or raises."""
@@ -70,6 +71,7 @@ class UnitPart:
 
     def start_fetch(self, communicator: Communicator, *, tag: int, purpose: str) -> Pending:
         """Begin to gather the whole buffer, under a tag of its unit's."""
+        self.flat.presence.require(f"the {purpose}", OffloadStateTypeEnum.lp_params)
         if self.bucket.shards > 1:
             self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
             self.whole[self.bucket.slice_range(communicator.rank)].copy_(self.flat.own_slice(self.bucket))
@@ -164,8 +166,8 @@ class ParameterUnit:
 
     def hold(self) -> None:
         """Make the unit whole until ``let_go``."""
-        self.holds += 1
         self.finish_fetch()
+        self.holds += 1
 
     def let_go(self) -> None:
         """Take back a ``hold``; after the last one the unit is released."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from ...zero import GatheredParameters, Init, ZeroParamStatus
-from . import config, partition_parameters, stage3, stage_1_and_2, tiling
+from . import config, offload_config, offload_states, partition_parameters, stage3, stage_1_and_2, tiling
 
 __all__ = [
     "GatheredParameters",
     "Init",
     "ZeroParamStatus",
     "config",
+    "offload_config",
+    "offload_states",
     "partition_parameters",
     "stage3",
     "stage_1_and_2",
