@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from deepspeed.comm.communicator import Communicator
+from deepspeed.comm.sharding import ShardGroups
 from deepspeed.memory.layout import FlatLayout, ParameterSpec
 from deepspeed.optim.loss_scaling import DynamicLossScaler, NoLossScaler
 from deepspeed.zero.optimizer import ShardedOptimizer
@@ -59,7 +60,7 @@ def shard(
     for _ in flat.move_in(communicator):
         pass
     reduction = ReductionSettings(divide_before=communicator.size, **settings)
-    reducer = GradientReducer(layout, named, policy=policy, communicator=communicator, settings=reduction)
+    reducer = GradientReducer(layout, named, policy=policy, groups=ShardGroups.whole(communicator), settings=reduction)
     frozen = FrozenParameters(named, optimizer.param_groups, bucket_numel=64)
     return ShardedOptimizer(optimizer, flat, reducer, frozen=frozen, scaler=scaler or NoLossScaler(), clip=clip, overlap=True)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import native
 from ..memory.pool import BufferPool
 from .checks import CollectiveChecks
-from .groups import group_name, group_timeout
+from .groups import group_name, group_timeout, new_group
 from .log import CommunicationLog, remember
 from .operations import DONE, Awaited, Collective, CollectiveError, Deferred, Pending, Started, in_vain
 
@@ -32,7 +32,8 @@ class Communicator:
     """The collectives of ``group`` (the default group where it is None), with their volumes in ``log``.
 
     The ``purpose`` of an operation is for the errors: what it is, "fetch of unit 'layers.1'". With ``checks``, an
-    operation begins when it is waited for, once all ranks have come to the same one.
+    operation begins when it is waited for, once all ranks have come to the same one. ``partition`` has the global ranks of
+    this group and of those that were made with it.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Communicator:
         *,
         log: CommunicationLog | None = None,
         checks: CollectiveChecks | None = None,
+        partition: Sequence[Sequence[int]] = (),
     ):
         self.group = group
         self.rank: int = dist.get_rank(group)
@@ -50,6 +52,7 @@ class Communicator:
         self._scratch = BufferPool()
         self._point_to_point = dist.get_backend(group) == "gloo"
         self._ranks: list[int] = dist.get_process_group_ranks(group)
+        self._partition = partition or (self._ranks,)
         self._checks = checks
         self._channel = checks.channel(group_name(group), self._ranks) if checks is not None and self.size > 1 else None
 
@@ -187,15 +190,20 @@ class Communicator:
     def duplicate(self) -> Communicator:
         """The same ranks in a group of their own: its operations need no common order with this one's. Close it when it
         is done with. Called on all ranks."""
-        group = dist.new_group(self._ranks, backend=dist.get_backend(self.group), timeout=group_timeout(self.group))
-        return Communicator(group, log=self.log, checks=self._checks)
+        group = new_group(self._partition, self.group)
+        return Communicator(group, log=self.log, checks=self._checks, partition=self._partition)
+
+    def split(self, parts: Sequence[Sequence[int]]) -> Communicator:
+        """This rank's one of ``parts``, which are disjoint and together all of this group's ranks. Called on all ranks."""
+        partition = [[self._ranks[rank] for rank in part] for part in parts]
+        return Communicator(new_group(partition, self.group), log=self.log, checks=self._checks, partition=partition)
 
     def unchecked(self) -> Communicator:
         """The same ranks, which compare no more: a rank that still does is told that this one has left."""
         if self._checks is None:
             return self
         self._checks.close()
-        return Communicator(self.group, log=self.log)
+        return Communicator(self.group, log=self.log, partition=self._partition)
 
     def close(self) -> None:
         """Take a group that ``duplicate`` made apart; the default group stays. This rank does nothing more in it."""

@@ -3,6 +3,7 @@ one rank."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -21,6 +22,14 @@ def group_timeout(group: dist.ProcessGroup | None) -> timedelta:
         if isinstance(timeout, timedelta):
             return timeout
     return dist.distributed_c10d.default_pg_timeout
+
+
+def new_group(partition: Sequence[Sequence[int]], like: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """A group of this rank's part of ``partition`` (global ranks), of the same kind as ``like``. Called on all ranks, with
+    the same parts."""
+    backend, timeout = dist.get_backend(like), group_timeout(like)
+    groups = [dist.new_group(list(ranks), backend=backend, timeout=timeout) for ranks in partition]
+    return next(g for g, ranks in zip(groups, partition, strict=True) if dist.get_rank() in ranks)
 
 
 def _actual(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

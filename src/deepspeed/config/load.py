@@ -39,14 +39,16 @@ class DeepSpeedConfig(RootSection):
     ):
         raw, name = read_source(config)
         values = copy.deepcopy(raw)
+        ranks = _data_parallel_size(mpu, mesh_device) if world_size is None else world_size
         sources, problems = prepare(values)
         problems += drop_unknown_keys(values)
-        problems += _solve_batch(values, sources, _data_parallel_size(mpu, mesh_device) if world_size is None else world_size)
+        problems += _solve_batch(values, sources, ranks)
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise_problems(problems + validation_problems(error), name)
             raise
+        problems += self.zero_optimization.sharding_problems(ranks)
         raise_problems(problems + _contradictions(self) + unbuilt_problems(self), name)
         self._raw.update(raw)
         self._sources.update(sources)

@@ -44,9 +44,9 @@ UNBUILT: tuple[tuple[str, Predicate, str], ...] = (
         "secondary partitions (ZeRO++) are not built yet; use 1.",
     ),
     (
-        "zero_optimization.mics_shard_size",
-        lambda c: c.zero_optimization.mics_shard_size > 0 or c.zero_optimization.mics_hierarchical_params_gather,
-        "MiCS is not built yet; use -1, and no mics_hierarchical_params_gather.",
+        "zero_optimization.mics_hierarchical_params_gather",
+        lambda c: c.zero_optimization.mics_hierarchical_params_gather,
+        "gathering in two steps is not built yet; set it to false.",
     ),
     (
         "zero_optimization.zenflow",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from .errors import Problem
 from .offload import OffloadOptimizerConfig, OffloadParamConfig
 from .section import Int, Most, Real, Section, key
 
@@ -94,7 +95,11 @@ class ZeroConfig(Section):
     zero_quantized_weights: bool = key(False, "ZeRO++: gather quantized weights.")
     zero_quantized_nontrainable_weights: bool = key(False, "ZeRO++: quantize frozen weights.")
     zero_quantized_gradients: bool = key(False, "ZeRO++: reduce quantized gradients.")
-    mics_shard_size: Int = key(-1, "MiCS: ranks of a sharding group; -1 for all.", unit="ranks")
+    mics_shard_size: Int = key(
+        -1,
+        "MiCS: ranks that hold one copy of the sharded states, consecutive ones; each such group has a copy. -1 for all ranks.",
+        unit="ranks",
+    )
     mics_hierarchical_params_gather: bool = key(False, "MiCS: gather in two steps.")
     enable_sanity_checks: bool = key(
         False,
@@ -103,6 +108,17 @@ class ZeroConfig(Section):
     )
     save_muon_momentum_buffer_in_memory: bool = key(False, "With device nvme, keep Muon's momentum in memory.")
     zenflow: ZenFlowConfig | None = key(None, "ZenFlow offloading.")
+
+    def sharding_problems(self, world_size: int) -> list[Problem]:
+        """What is wrong with the sizes of sharding groups for ``world_size`` data-parallel ranks."""
+        name, size = "zero_optimization.mics_shard_size", self.mics_shard_size
+        if size == -1:
+            return []
+        if size < 1:
+            return [Problem(name, f"found {size}, expected -1 or a number of ranks.")]
+        if self.stage < 1:
+            return [Problem(name, "needs stage 1, 2 or 3: stage 0 shards nothing.")]
+        return _uneven(name, size, world_size)
 
     @property
     def offloads_optimizer(self) -> bool:
@@ -120,3 +136,12 @@ class ZeroConfig(Section):
         if self.allgather_bucket_size is None:
             return self.reduce_bucket_size
         return min(self.reduce_bucket_size, self.allgather_bucket_size)
+
+
+def _uneven(name: str, size: int, ranks: int) -> list[Problem]:
+    """The problem with a group size that does not divide the number of ranks."""
+    if ranks % size == 0:
+        return []
+    divisors = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+    found = f"{size} x {ranks // size} = {size * (ranks // size)}" if size < ranks else f"{size} > {ranks}"
+    return [Problem(name, f"found {size}, which does not divide {ranks} data-parallel ranks ({found}); set it to {divisors}.")]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..comm.agreement import on_all_ranks
 from ..comm.communicator import Communicator
+from ..comm.sharding import ShardGroups
 from ..config import DeepSpeedConfig
 from ..optim import build_optimizer, build_scheduler, has_stepped, refuse_unsuited, split_parameter_groups
 from ..zero.fetching import FetchLimits
@@ -142,6 +143,12 @@ def reduction_settings(config: DeepSpeedConfig, precision: PrecisionPolicy, *, r
     )
 
 
+def shard_groups(config: DeepSpeedConfig, communicator: Communicator) -> ShardGroups:
+    """The groups of ranks over which states are sharded. Called on all ranks."""
+    size = config.zero_optimization.mics_shard_size
+    return ShardGroups.of_size(communicator, size) if size > 0 else ShardGroups.whole(communicator)
+
+
 @dataclass(frozen=True)
 class OptimizerRequest:
     """What the user asked to optimize with: a client optimizer or a callable, or parameters for the configured one."""
@@ -169,20 +176,21 @@ def shard_model(
 
     optimizer, named = on_all_ranks(prepare, communicator, what="deepspeed.initialize")
     check_ranks_agree(describe(module, optimizer, config), communicator)
-    groups = optimizer.param_groups if optimizer is not None else []
-    layout = build_layout(module, named, groups, config=config, precision=precision, ranks=communicator.size)
-    fetching = communicator.duplicate() if layout.plan.names else communicator
-    model = move_in(module, layout, communicator, fetching, fetch_limits(config))
+    options = optimizer.param_groups if optimizer is not None else []
+    groups = shard_groups(config, communicator)
+    layout = build_layout(module, named, options, config=config, precision=precision, ranks=groups.shards.size)
+    fetching = groups.duplicate() if layout.plan.names else groups
+    model = move_in(module, layout, groups, fetching, fetch_limits(config))
     moved = {id(p) for flat in (model.trained, model.frozen) for p in flat.parameters.values()}
     precision.cast_module(module, keep=lambda tensor: id(tensor) in moved)
     _broadcast_rest(module, moved, communicator)
     if optimizer is None:
         return model, None
     size = config.zero_optimization.bucket_numel
-    frozen = FrozenParameters(dict(module.named_parameters()), groups, bucket_numel=size)
+    frozen = FrozenParameters(dict(module.named_parameters()), options, bucket_numel=size)
     settings = reduction_settings(config, precision, ranks=communicator.size)
     policy = ZeroPolicy.for_stage(config.zero_optimization.stage)
-    reducer = GradientReducer(layout.trained, named, policy=policy, communicator=communicator, settings=settings)
+    reducer = GradientReducer(layout.trained, named, policy=policy, groups=groups, settings=settings)
     sharded = ShardedOptimizer(
         optimizer,
         model.trained,

@@ -50,7 +50,7 @@ def save_training_checkpoint(
         client_tensors: dict[str, Tensor] = {}
         encoded = encode(client_state, "client_state", client_tensors)
         others = {name: value for name, value in untrained_tensors(engine).items() if name not in left_out}
-        tensors = trained_pieces(engine.optimizer, communicator) | frozen_pieces(engine, left_out)
+        tensors = trained_pieces(engine.optimizer) | frozen_pieces(engine, left_out)
         if communicator.rank == 0:
             tensors |= {piece_name(WEIGHT, name, 0): value.clone() for name, value in others.items()}
             tensors |= {client_name(name): value for name, value in client_tensors.items()}
@@ -74,14 +74,17 @@ def save_training_checkpoint(
         write_latest(directory, tag, communicator)
 
 
-def trained_pieces(optimizer: ShardedOptimizer | None, communicator: Communicator) -> dict[str, Tensor]:
-    """This rank's part of the trained parameters and their optimizer states; rank 0's is all where they are whole.
+def trained_pieces(optimizer: ShardedOptimizer | None) -> dict[str, Tensor]:
+    """This rank's part of the trained parameters and their optimizer states; rank 0's is all where they are whole, and the
+    first copy's where there are several.
 
     Raises CheckpointError for a state that is neither of its parameter's size nor a number: no other rank count could
     load it.
     """
     pieces: dict[str, Tensor] = {}
-    if optimizer is None or (communicator.rank != 0 and not optimizer.policy.shard_optimizer):
+    if optimizer is None:
+        return pieces
+    if not (optimizer.groups.is_first_copy if optimizer.policy.shard_optimizer else optimizer.communicator.rank == 0):
         return pieces
     for segment in optimizer.segments:
         for kind, flat in {WEIGHT: segment.tensor, **_elementwise(optimizer, segment)}.items():
@@ -96,7 +99,7 @@ def frozen_pieces(engine: EngineInformation, left_out: Collection[str]) -> dict[
         piece_name(WEIGHT, fragment.spec.name, fragment.parameter_start): shard.tensor[fragment.slice_range]
         for shard in engine.sharded_model.frozen_shards
         for fragment in shard.fragments
-        if fragment.spec.name not in left_out
+        if engine.sharded_model.groups.is_first_copy and fragment.spec.name not in left_out
     }
 
 

@@ -202,7 +202,7 @@ def _install(engine: EngineInformation, reader: CheckpointReader, plan: _Plan, r
             _install_state(optimizer, shard, kinds, plan.numbers, reader)
         _install_options(optimizer, index["optimizer"])
     if optimizer is not None:
-        optimizer.flat.parameters_from_masters(optimizer.communicator)
+        optimizer.flat.parameters_from_masters(optimizer.groups.shards)
     if request.counters:
         for name, value in index["counters"].items():
             setattr(engine.counters, name, value)
@@ -251,7 +251,7 @@ def _load_module(engine: EngineInformation, reader: CheckpointReader, load: Call
                 raise CheckpointError(f"custom_load_fn replaced or reshaped the parameter {name}: write into it instead")
 
     frozen = GatheredParameters(engine.sharded_model.frozen.parameters, modifier_rank=0)
-    with flat.detached(communicator), frozen:
+    with flat.detached(optimizer.groups.shards), frozen:
         on_all_ranks(checked, "custom_load_fn", communicator)
 
 

@@ -25,6 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from ..comm.communicator import Communicator
 from ..comm.operations import Pending
+from ..comm.sharding import ShardGroups
 from ..memory.heap import FreedMemory
 from ..memory.layout import FlatLayout, ParameterSpec
 from ..memory.pool import BufferPool
@@ -172,7 +173,7 @@ class ModuleSharder:
         flat.put_in(bucket, own)
         part = UnitPart(flat, bucket)
         part.release()
-        unit = ParameterUnit(0, name, [part], self._communicator)
+        unit = ParameterUnit(0, name, [part], ShardGroups.whole(self._communicator))
         unit.on_touch = self._on_touch
         unit.constructor = self
         unit.freed = self._freed

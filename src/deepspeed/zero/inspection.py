@@ -238,7 +238,7 @@ class _Home:
         if not self.optimizer.policy.shard_optimizer:
             return mine or {}
         known = {key: _empty_or_number(value) for key, value in mine.items()} if mine is not None else None
-        everyone = self.optimizer.communicator.gather_objects(known, purpose=f"look at the states of '{self.name}'")
+        everyone = self.optimizer.groups.shards.gather_objects(known, purpose=f"look at the states of '{self.name}'")
         if mine is not None:
             return mine
         theirs: dict[str, Tensor] = next((states for states in everyone if states is not None), {})
@@ -292,7 +292,7 @@ def _local_gradient(home: _Home) -> Tensor | None:
         return None
     late = torch.tensor([float(flag) for flag in reducer.late()], device=home.master.device)
     purpose = f"look at the gradient of '{home.name}'"
-    reducer.reduce_late([flag > 0 for flag in reducer.communicator.sum_in_rank_order(late, purpose=purpose).tolist()])
+    reducer.reduce_late([flag > 0 for flag in home.optimizer.communicator.sum_in_rank_order(late, purpose=purpose).tolist()])
     gradient = reducer.gradient(home.bucket)
     assert gradient is not None, "a bucket that was reduced keeps its gradient until the step"
     return home.own_part(gradient).div_(home.optimizer.loss_scale)
@@ -320,7 +320,7 @@ def _gathered(homes: Sequence[_Home], parts: Sequence[Tensor]) -> list[Tensor]:
         home.part_of(whole).copy_(part)
     if optimizer.policy.shard_optimizer:
         # Every element is one rank's own and zero on the others, so that the sum is exact.
-        optimizer.communicator.all_reduce(flat, purpose=f"gather of the values of '{homes[0].name}'").wait()
+        optimizer.groups.shards.all_reduce(flat, purpose=f"gather of the values of '{homes[0].name}'").wait()
     return wholes
 
 

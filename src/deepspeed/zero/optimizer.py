@@ -70,6 +70,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         self.optimizer = optimizer
         self.flat = flat
         self.reducer = reducer
+        self.groups = reducer.groups
         self.frozen = frozen
         self.scaler = scaler
         self.clip = clip
@@ -79,7 +80,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         self.shards = tuple(FlatShard(flat.masters[bucket.index], bucket, flat.shard) for bucket in flat.layout.buckets)
         self._given = [group["params"] for group in optimizer.param_groups]
         self.segments = Segments(optimizer, self.shards)
-        self._stepper = make_stepper(self.segments, reducer.communicator)
+        self._stepper = make_stepper(self.segments, reducer.groups.shards)
 
     # -- the inner optimizer's face; class-level so that wrappers without our __dict__ keep it -----------------------
 
@@ -127,8 +128,8 @@ class ShardedOptimizer(DeepSpeedOptimizer):
 
     @property
     def communicator(self) -> Communicator:
-        """The data-parallel ranks over which this optimizer is sharded."""
-        return self.reducer.communicator
+        """The data-parallel ranks."""
+        return self.groups.everyone
 
     @property
     def policy(self) -> ZeroPolicy:
@@ -207,7 +208,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         for shard, saved in zip(self.shards, state_dict["fp32_flat_groups"], strict=True):
             shard.tensor.copy_(saved)
         self.scaler.load_state_dict(state_dict["scaler"])
-        self.flat.parameters_from_masters(self.communicator)
+        self.flat.parameters_from_masters(self.groups.shards)
 
     def close(self) -> None:
         """Take the hooks off the model, free gradients and optimizer states, and give the inner optimizer the model's
@@ -239,7 +240,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
             late=self.reducer.late(),
             used=[name in self.reducer.used for name in self.flat.layout.homes],
             unfrozen=bool(self.frozen.unfrozen()),
-            counts=self.policy.shard_optimizer or self.communicator.rank == 0,
+            counts=self.groups.is_first_copy if self.policy.shard_optimizer else self.communicator.rank == 0,
             communicator=self.communicator,
             device=self.flat.masters[0].device,
         )
@@ -254,7 +255,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         gathers: list[Pending] = []
 
         def gather(shard: FlatShard) -> None:
-            gathers.append(self.flat.gather(shard.bucket, self.communicator))
+            gathers.append(self.flat.gather(shard.bucket, self.groups.shards))
             if not self._overlap:
                 gathers.pop().wait()
 

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..comm.communicator import Communicator
 from ..comm.operations import Converted, Pending
+from ..comm.sharding import ShardGroups
 from ..memory.layout import Bucket, FlatLayout, Placement
 from ..memory.pool import BufferPool
 from .policy import ZeroPolicy
@@ -116,11 +116,11 @@ class GradientReducer:
         parameters: Mapping[str, nn.Parameter],
         *,
         policy: ZeroPolicy,
-        communicator: Communicator,
+        groups: ShardGroups,
         settings: ReductionSettings,
     ):
         self.policy = policy
-        self.communicator = communicator
+        self.groups = groups
         self.settings = settings
         self.used: set[str] = set()
         self._parameters: Mapping[str, nn.Parameter] = {}
@@ -168,7 +168,7 @@ class GradientReducer:
         self._reducing = False
         self._reduced = True
         self._pool.release()
-        self.communicator.release_scratch()
+        self.groups.release_scratch()
 
     def ensure_reduced(self) -> None:
         """Reduce what backwards outside ``begin`` and ``finish`` left, if no reduction has happened since ``clear``."""
@@ -320,13 +320,13 @@ class GradientReducer:
     def _reduction(self, state: _BucketGradient, landing: Tensor, sent: Tensor) -> _Reduction:
         scale, purpose = 1.0 / self.settings.divide_after, f"reduction of {state.bucket.label}"
         if not (self.policy.shard_optimizer and self.settings.reduce_scatter):
-            operation = self.communicator.all_reduce(sent, scale=scale, purpose=purpose)
+            operation = self.groups.everyone.all_reduce(sent, scale=scale, purpose=purpose)
             return _Reduction(state, landing, Converted(operation, sent, landing))
         if sent is not landing or not self._sums_in_place_of_kept(state, sent.dtype):
-            operation = self.communicator.reduce_scatter(sent, scale=scale, purpose=purpose)
+            operation = self.groups.reduce_scatter(sent, scale=scale, purpose=purpose)
             return _Reduction(state, landing, Converted(operation, sent, landing))
         kept, adds = self._kept_slice(state), state.gradient is not None
-        operation = self.communicator.reduce_scatter(sent, out=kept, scale=scale, accumulate=adds, purpose=purpose)
+        operation = self.groups.reduce_scatter(sent, out=kept, scale=scale, accumulate=adds, purpose=purpose)
         return _Reduction(state, landing, operation, result=kept)
 
     def _sums_in_place_of_kept(self, state: _BucketGradient, sent: torch.dtype) -> bool:
@@ -362,7 +362,7 @@ class GradientReducer:
 
     @property
     def _shard(self) -> int:
-        return self.communicator.rank if self.policy.shard_optimizer else 0
+        return self.groups.shards.rank if self.policy.shard_optimizer else 0
 
     def _allocate(self, state: _BucketGradient, numel: int) -> Tensor:
         return torch.empty(numel, dtype=self._kept_dtype(state), device=self._device(state))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..comm.communicator import Communicator
+from ..comm.sharding import ShardGroups
 from ..memory.layout import FlatLayout, ParameterSpec
 from ..optim.segments import FlatShard
 from . import released
@@ -68,8 +69,8 @@ class ShardedModel:
     trained: FlatParameters
     frozen: FlatParameters
     scopes: ModuleScopes
-    communicator: Communicator
-    fetching: Communicator
+    groups: ShardGroups
+    fetching: ShardGroups
 
     @property
     def frozen_shards(self) -> tuple[FlatShard, ...]:
@@ -82,35 +83,36 @@ class ShardedModel:
         the other parameters stay whole. Called on all ranks."""
         self.scopes.settle()
         self.scopes.close()
-        communicator = self.communicator.unchecked()
+        groups = self.groups.unchecked()
         for unit in self.scopes.fetcher.units:
-            unit.retire(communicator)
+            unit.retire(groups)
         for flat in (self.trained, self.frozen):
             flat.drop_masters()
         for parameter in self.module.parameters():
             home = home_of(parameter)
             if isinstance(home, Resident):
                 home.give_up(parameter)
-                Replica(parameter, communicator)
-        if self.fetching is not self.communicator:
-            self.fetching.close()
+                Replica(parameter, groups.everyone)
+        if self.fetching is not self.groups:
+            self.fetching.shards.close()
 
 
 def move_in(
-    module: nn.Module, layout: ModelLayout, communicator: Communicator, fetching: Communicator, limits: FetchLimits
+    module: nn.Module, layout: ModelLayout, groups: ShardGroups, fetching: ShardGroups, limits: FetchLimits
 ) -> ShardedModel:
     """Move the parameters of ``module`` into the buffers of ``layout``, with rank 0's values. Units are released as soon
     as they are complete.
 
-    ``fetching`` is the communicator of units: a group of its own, since the order of fetches and reductions relative to
-    each other may differ between ranks.
+    ``fetching`` are the groups of units: the shards in one of their own, since the order of fetches and reductions relative
+    to each other may differ between ranks.
     """
+    communicator = groups.everyone
     named = dict(module.named_parameters())
     for name, parameter in named.items():
         if name not in layout.trained.homes and name not in layout.frozen.homes:
             _make_whole(parameter)
     parts: dict[int, list[UnitPart]] = {index: [] for index in range(len(layout.plan.names))}
-    shard = communicator.rank if layout.trained.shards > 1 else 0
+    shard = groups.shards.rank if layout.trained.shards > 1 else 0
     trained = FlatParameters(layout.trained, _of(layout.trained, named), shard=shard)
     frozen = FlatParameters(layout.frozen, _of(layout.frozen, named), shard=shard, master_dtype=unchanged)
     for flat in (trained, frozen):
@@ -130,7 +132,7 @@ def move_in(
     scopes = ModuleScopes(UnitFetcher(units, limits), needs)
     trained.settle = scopes.settle
     frozen.presence = trained.presence
-    return ShardedModel(module, trained, frozen, scopes, communicator, fetching)
+    return ShardedModel(module, trained, frozen, scopes, groups, fetching)
 
 
 def _make_whole(parameter: nn.Parameter) -> None:

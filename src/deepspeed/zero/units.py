@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..comm.communicator import Communicator
 from ..comm.operations import Pending
+from ..comm.sharding import ShardGroups
 from ..memory.heap import FreedMemory
 from ..memory.layout import Bucket
 from . import released
@@ -103,7 +104,7 @@ class ParameterUnit:
 
     ranks_agree = True
 
-    def __init__(self, index: int, name: str, parts: Sequence[UnitPart], communicator: Communicator):
+    def __init__(self, index: int, name: str, parts: Sequence[UnitPart], groups: ShardGroups):
         self.index = index
         self.name = name
         self.parts = tuple(parts)
@@ -115,7 +116,7 @@ class ParameterUnit:
         self.on_memory: OnMemory = lambda unit, change: None
         self.freed: FreedMemory | None = None
         self.shows_sizes = False
-        self._communicator = communicator
+        self._groups = groups
         self._pending: list[Pending] = []
         for part in parts:
             for parameter, view in part.views:
@@ -133,7 +134,7 @@ class ParameterUnit:
                 self.constructor.settle()
             tag, purpose = 1 + self.index, f"fetch of unit '{self.name}'"
             with torch.no_grad():
-                self._pending = [part.start_fetch(self._communicator, tag=tag, purpose=purpose) for part in self.parts]
+                self._pending = [part.start_fetch(self._groups.shards, tag=tag, purpose=purpose) for part in self.parts]
             self.state = UnitState.FETCHED
             self.on_memory(self, self.numel)
 
@@ -193,7 +194,7 @@ class ParameterUnit:
         part = next(part for part in self.parts if any(mine is parameter for mine, _ in part.views))
         if source is not None:
             purpose = f"broadcast of {self.describe(parameter)}"
-            self._communicator.broadcast(parameter.detach(), source=source, purpose=purpose).wait()
+            self._groups.everyone.broadcast(parameter.detach(), source=source, purpose=purpose).wait()
         part.flat.keep(parameter, part.bucket)
 
     def give_up(self, parameter: nn.Parameter) -> None:
@@ -215,11 +216,11 @@ class ParameterUnit:
         name = next(name for name, mine in named if mine is parameter)
         return f"'{name}' {tuple(released.shape_of(parameter))}"
 
-    def retire(self, communicator: Communicator) -> None:
-        """Leave the parameters sharded, as ``zero.Init`` does: no modules fetch them any more, ``communicator`` gathers."""
+    def retire(self, groups: ShardGroups) -> None:
+        """Leave the parameters sharded, as ``zero.Init`` does: no modules fetch them any more, ``groups`` gather."""
         if not self.holds:
             self.release()
-        self._communicator = communicator
+        self._groups = groups
         self.refuse_touches()
         self.shows_sizes = True
 
