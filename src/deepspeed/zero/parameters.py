@@ -178,6 +178,7 @@ class FlatParameters:
 
     def parameters_from_masters(self, communicator: Communicator) -> None:
         """Overwrite the model's values with the masters, gathered from all shards."""
+        self.settle()
         for bucket in self.layout.buckets:
             if self.has_separate_master(bucket):
                 self.own_slice(bucket).copy_(self.masters[bucket.index])

@@ -94,7 +94,7 @@ class ShardedModel:
                 home.give_up(parameter)
                 Replica(parameter, groups.everyone)
         if self.fetching is not self.groups:
-            self.fetching.shards.close()
+            self.fetching.close()
 
 
 def move_in(

@@ -4,6 +4,8 @@ The nouns:
 
 - *part*: the unit's parameters of one optimizer group and dtype: a bucket of a flat layout. Each rank keeps its *slice*
   of it for good; the *whole* buffer has memory only while the unit is not sharded.
+- *second slice*: with a second copy (ZeRO++ hpZ) a rank also keeps its slice among the ranks nearby of what was gathered
+  last. While the values are the same, the unit is gathered from there.
 - *view*: a parameter's place in the whole buffer. When the unit is whole, it is the parameter's memory.
 
 The buffer's storage is resized, not replaced: what autograd saved of a parameter in forward (a transposed view, say)
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
+from functools import partial
 from typing import NoReturn, Protocol
 
 import torch
@@ -60,6 +63,7 @@ class UnitPart:
     def __init__(self, flat: FlatParameters, bucket: Bucket):
         self.flat = flat
         self.bucket = bucket
+        self.second: Tensor | None = None
         self.views: list[tuple[nn.Parameter, Tensor]] = [
             (flat.parameters[place.spec.name], flat.view(bucket, place).view(place.spec.shape))
             for place in bucket.placements
@@ -70,13 +74,21 @@ class UnitPart:
         """The buffer (1-D)."""
         return self.flat.buffers[self.bucket.index]
 
-    def start_fetch(self, communicator: Communicator, *, tag: int, purpose: str) -> Pending:
-        """Begin to gather the whole buffer, under a tag of its unit's."""
+    def start_fetch(self, communicator: Communicator, *, tag: int, purpose: str, second: bool = False) -> Pending:
+        """Begin to gather the whole buffer from ``communicator``'s slices, under a tag of its unit's: the ranks' own ones, or
+        the second ones."""
         self.flat.presence.require(f"the {purpose}", OffloadStateTypeEnum.lp_params)
         if self.bucket.shards > 1:
             self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
-            self.whole[self.bucket.slice_range(communicator.rank)].copy_(self.flat.own_slice(self.bucket))
+            mine = self.second if second else self.flat.own_slice(self.bucket)
+            assert mine is not None, "a second slice is gathered after keep_second"
+            self.whole.chunk(communicator.size)[communicator.rank].copy_(mine)
         return communicator.all_gather(self.whole, tag=tag, purpose=purpose)
+
+    def keep_second(self, nearby: Communicator) -> None:
+        """Keep this rank's second slice of the buffer, which is whole."""
+        mine = self.whole.chunk(nearby.size)[nearby.rank]
+        self.second = mine.clone() if self.second is None else self.second.copy_(mine)
 
     def expose(self) -> None:
         """Make the buffer the parameters' memory."""
@@ -118,6 +130,7 @@ class ParameterUnit:
         self.shows_sizes = False
         self._groups = groups
         self._pending: list[Pending] = []
+        self._has_second_copy = False
         for part in parts:
             for parameter, view in part.views:
                 released.describe(parameter, self, shape=tuple(view.shape), shards=part.bucket.shards)
@@ -133,8 +146,11 @@ class ParameterUnit:
             if self.constructor is not None:
                 self.constructor.settle()
             tag, purpose = 1 + self.index, f"fetch of unit '{self.name}'"
+            nearby = self._groups.nearby if self._has_second_copy else None
+            second, group = nearby is not None, nearby or self._groups.shards
             with torch.no_grad():
-                self._pending = [part.start_fetch(self._groups.shards, tag=tag, purpose=purpose) for part in self.parts]
+                fetch = partial(UnitPart.start_fetch, communicator=group, tag=tag, purpose=purpose, second=second)
+                self._pending = [fetch(part) for part in self.parts]
             self.state = UnitState.FETCHED
             self.on_memory(self, self.numel)
 
@@ -162,6 +178,12 @@ class ParameterUnit:
                 part.release()
             self.state = UnitState.SHARDED
             self.on_memory(self, -self.numel)
+
+    def forget_second_copy(self, *, free: bool = False) -> None:
+        """Gather the values, which may change, anew from the ranks' own slices. ``free`` gives the memory up meanwhile."""
+        self._has_second_copy = False
+        for part in self.parts if free else ():
+            part.second = None
 
     # -- the face of a home (released.Home) ----------------------------------------------------------------------------
 
@@ -196,6 +218,7 @@ class ParameterUnit:
             purpose = f"broadcast of {self.describe(parameter)}"
             self._groups.everyone.broadcast(parameter.detach(), source=source, purpose=purpose).wait()
         part.flat.keep(parameter, part.bucket)
+        self.forget_second_copy()
 
     def give_up(self, parameter: nn.Parameter) -> None:
         """Leave ``parameter``, with the values that it has now, to another home."""
@@ -221,13 +244,18 @@ class ParameterUnit:
         if not self.holds:
             self.release()
         self._groups = groups
+        self.forget_second_copy(free=True)
         self.refuse_touches()
         self.shows_sizes = True
 
     def _wait(self) -> None:
-        for pending in self._pending:
+        gathered, self._pending = self._pending, []
+        for pending in gathered:
             pending.wait()
-        self._pending.clear()
+        if gathered and self._groups.nearby is not None and not self._has_second_copy:
+            for part in self.parts:
+                part.keep_second(self._groups.nearby)
+            self._has_second_copy = True
 
 
 class Replica:
