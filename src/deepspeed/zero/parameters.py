@@ -6,7 +6,7 @@ copies. Where the optimizer works on another dtype than the model, a *master* co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -114,8 +114,14 @@ class FlatParameters:
         self.masters = list(self.slices)
 
     def drop(self, bucket: Bucket) -> None:
-        """Free the slice of a unit's ``bucket``, whose parameters have all left."""
-        self.slices[bucket.index] = self.masters[bucket.index] = self.slices[bucket.index].new_empty(0)
+        """Free the memory of a unit's ``bucket``, whose parameters have all left."""
+        nothing = self.slices[bucket.index].new_empty(0)
+        self.buffers[bucket.index] = self.slices[bucket.index] = self.masters[bucket.index] = nothing
+
+    def lose(self, names: Collection[str]) -> None:
+        """Have gaps where the parameters ``names`` were, which are elsewhere now."""
+        self.layout = self.layout.without(names)
+        self.parameters = {name: p for name, p in self.parameters.items() if name not in names}
 
     def own_slice(self, bucket: Bucket) -> Tensor:
         """This shard's slice of the bucket, in the model's dtype."""
@@ -134,7 +140,7 @@ class FlatParameters:
         """Take this shard's part of the values that ``parameter``, of ``bucket``, has now into slice and master."""
         self.presence.require(f"a change of {bucket.label}")
         for fragment in bucket.fragments(self.shard):
-            if self.parameters[fragment.spec.name] is parameter:
+            if self.parameters.get(fragment.spec.name) is parameter:
                 start = fragment.parameter_start
                 values = parameter.detach().reshape(-1)[start : start + fragment.numel]
                 self.own_slice(bucket)[fragment.slice_range] = values

@@ -129,7 +129,7 @@ class GradientReducer:
         self._pool = BufferPool()
         self._in_flight: deque[_Reduction] = deque()
         self._waiting: list[_BucketGradient] = []
-        self._by_unit = any(bucket.unit is not None for bucket in layout.buckets)
+        self._by_unit = False
         self._reducing = False
         self._reduced = False
         self.presence = Presence()
@@ -248,6 +248,7 @@ class GradientReducer:
         self, buckets: Sequence[Bucket], parameters: Mapping[str, nn.Parameter]
     ) -> list[tuple[_Arrival, nn.Parameter]]:
         self._parameters = {**self._parameters, **parameters}
+        self._by_unit = self._by_unit or any(bucket.unit is not None for bucket in buckets)
         collected = []
         for state in map(_BucketGradient, buckets):
             self._buckets.append(state)

@@ -108,10 +108,9 @@ class UnitPart:
 
 
 class ParameterUnit:
-    """The parameters of ``parts``, which come released: all sharded or all whole. ``holds`` counts who needs it whole
-    now; ``on_touch`` is called for a parameter that is computed with while it is released; ``on_memory``
-    when the whole buffers get memory or lose it; ``freed`` is told of memory that ``let_go`` frees, outside of training
-    steps. Released parameters have the
+    """The parameters of ``parts``, all sharded or all whole. ``holds`` counts who needs it whole now; ``on_touch`` is called
+    for a parameter that is computed with while it is released; ``on_memory`` when the whole buffers get memory or lose it;
+    ``freed`` is told of memory that ``let_go`` frees, outside of training steps. Released parameters have the
     shape (0,) where ``shows_sizes`` is False, and else their own, for who asks."""
 
     ranks_agree = True
@@ -119,8 +118,7 @@ class ParameterUnit:
     def __init__(self, index: int, name: str, parts: Sequence[UnitPart], groups: ShardGroups):
         self.index = index
         self.name = name
-        self.parts = tuple(parts)
-        self.numel = sum(part.bucket.numel for part in parts)
+        self.parts: tuple[UnitPart, ...] = ()
         self.state = UnitState.SHARDED
         self.holds = 0
         self.on_touch: OnTouch = refuse
@@ -132,9 +130,21 @@ class ParameterUnit:
         self._pending: list[Pending] = []
         self._has_second_copy = False
         for part in parts:
-            for parameter, view in part.views:
-                released.describe(parameter, self, shape=tuple(view.shape), shards=part.bucket.shards)
-                parameter.__dict__["ds_status"] = released.ZeroParamStatus.NOT_AVAILABLE
+            self.add(part)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole buffers."""
+        return sum(part.bucket.numel for part in self.parts)
+
+    def add(self, part: UnitPart) -> None:
+        """Take in ``part``, whose parameters are whole where the unit is, and released or whole where it is not."""
+        self.parts = (*self.parts, part)
+        self.forget_second_copy()
+        for parameter, view in part.views:
+            released.describe(parameter, self, shape=tuple(view.shape), shards=part.bucket.shards)
+        if self.state is UnitState.SHARDED:
+            part.release()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The unit's parameters."""
@@ -226,12 +236,8 @@ class ParameterUnit:
             part.views = [view for view in part.views if view[0] is not parameter]
             if not part.views:
                 part.flat.drop(part.bucket)
+        self.parts = tuple(part for part in self.parts if part.views)
         released.forget(parameter)
-
-    def refuse_touches(self) -> None:
-        """From now on, computing with a parameter while it is released is an error."""
-        self.on_touch = refuse
-        self.constructor = None
 
     def describe(self, parameter: nn.Parameter) -> str:
         """The parameter's name in the model and its shape."""
@@ -239,13 +245,15 @@ class ParameterUnit:
         name = next(name for name, mine in named if mine is parameter)
         return f"'{name}' {tuple(released.shape_of(parameter))}"
 
-    def retire(self, groups: ShardGroups) -> None:
-        """Leave the parameters sharded, as ``zero.Init`` does: no modules fetch them any more, ``groups`` gather."""
+    def retire(self, groups: ShardGroups | None = None) -> None:
+        """Leave the parameters sharded, as ``zero.Init`` does: no modules fetch them any more, and computing with a released
+        one is an error. From now on ``groups`` gather, where given."""
         if not self.holds:
             self.release()
-        self._groups = groups
+        self._groups = groups or self._groups
         self.forget_second_copy(free=True)
-        self.refuse_touches()
+        self.on_touch = refuse
+        self.constructor = None
         self.shows_sizes = True
 
     def _wait(self) -> None:
