@@ -216,6 +216,34 @@ def test_a_checkpoint_goes_on_with_the_states_of_what_was_unfrozen(ranks, tmp_pa
             assert_close(weights, wanted, 1e-5)
 
 
+def in_part(directory: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weight of block 0 joins, its bias stays frozen: the slice in which both were has a gap."""
+    engine = make_engine(ADAM, 3)
+
+    def trained(first: int, last: int) -> dict[str, Tensor]:
+        engine.module.blocks[0].weight.requires_grad_(True)
+        for step in range(first, last):
+            squared_output(engine, 2 * step + engine.communicator.rank, engine.backward)
+            engine.step()
+        return state_of(engine.module)
+
+    trained(0, 2)
+    with deepspeed.zero.GatheredParameters([engine.module.blocks[0].bias], modifier_rank=0):
+        engine.module.blocks[0].bias.data.fill_(0.5)
+    engine.save_checkpoint(directory)
+    expected = trained(2, 4)
+    engine.destroy()
+    engine = make_engine(ADAM, 3)
+    engine.load_checkpoint(directory)
+    return expected, trained(2, 4)
+
+
+def test_a_part_of_a_unit_may_be_unfrozen(ranks, tmp_path):
+    for expected, weights in ranks(2, in_part, str(tmp_path)):
+        assert_close(weights, expected)
+        assert torch.equal(weights["blocks.0.bias"], torch.full((WIDTH,), 0.5))
+
+
 def last_block_alone(model: nn.Module) -> dict[str, Any]:
     return {"model_parameters": model.blocks[2].parameters()}
 

@@ -119,6 +119,7 @@ class ParameterUnit:
         self.index = index
         self.name = name
         self.parts: tuple[UnitPart, ...] = ()
+        self.numel = 0
         self.state = UnitState.SHARDED
         self.holds = 0
         self.on_touch: OnTouch = refuse
@@ -132,14 +133,10 @@ class ParameterUnit:
         for part in parts:
             self.add(part)
 
-    @property
-    def numel(self) -> int:
-        """Elements of the whole buffers."""
-        return sum(part.bucket.numel for part in self.parts)
-
     def add(self, part: UnitPart) -> None:
         """Take in ``part``, whose parameters are whole where the unit is, and released or whole where it is not."""
         self.parts = (*self.parts, part)
+        self.numel += part.bucket.numel
         self.forget_second_copy()
         for parameter, view in part.views:
             released.describe(parameter, self, shape=tuple(view.shape), shards=part.bucket.shards)
@@ -237,6 +234,7 @@ class ParameterUnit:
             if not part.views:
                 part.flat.drop(part.bucket)
         self.parts = tuple(part for part in self.parts if part.views)
+        self.numel = sum(part.bucket.numel for part in self.parts)
         released.forget(parameter)
 
     def describe(self, parameter: nn.Parameter) -> str:
