@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "file_module.hpp"
 #include "kernels.hpp"
 
 namespace nb = nanobind;
@@ -117,7 +118,7 @@ double squared_sum(Address data, int dtype, std::size_t numel, int threads) {
 NB_MODULE(_core, module) {
     using namespace deepspeed;
     using namespace nb::literals;
-    module.doc() = "Kernels over flat CPU memory, given as addresses. Called by deepspeed.native only, which checks.";
+    module.doc() = "Kernels over flat CPU memory, and file I/O, given addresses. Called by deepspeed.native only, which checks.";
     module.def("instruction_sets", [] {
         std::vector<std::string> names;
         for (const Kernels* kernels : supported()) names.push_back(kernels->name);
@@ -139,4 +140,5 @@ NB_MODULE(_core, module) {
     module.def("scaled_sum", &scaled_sum, unlocked, "inputs"_a, "dtype"_a, "out"_a, "out_dtype"_a, "numel"_a,
                "scale"_a, "accumulate"_a, "threads"_a);
     module.def("squared_sum", &squared_sum, unlocked, "data"_a, "dtype"_a, "numel"_a, "threads"_a);
+    bind_files(module);
 }

@@ -45,6 +45,7 @@ def _software() -> Rows:
     import torch
 
     from .. import __version__, native
+    from ..native.file_engine import status as file_status
 
     return [
         ("deepspeed", f"{__version__} in {Path(__file__).parent.parent}"),
@@ -52,6 +53,7 @@ def _software() -> Rows:
         ("python", f"{platform.python_version()} at {sys.executable}"),
         ("system", platform.platform()),
         ("native kernels", native.status()),
+        ("file I/O", file_status()),
     ]
 
 

@@ -1,7 +1,8 @@
-"""Kernels that run over flat CPU tensors in one pass of memory, and the same in torch where they are not compiled.
+"""The compiled core and its Python face; all of it works, more slowly, where nothing is compiled.
 
-``kernels`` decides which runs and checks the tensors; ``reference`` says in plain torch what each kernel means; ``fused`` is
-Adam on torch's fused kernel.
+Kernels that run over flat CPU tensors in one pass of memory: ``kernels`` decides which runs and checks the tensors,
+``reference`` says in plain torch what each kernel means, ``fused`` is Adam on torch's fused kernel. Asynchronous file I/O:
+``files`` is its face, ``file_engine`` decides what moves the bytes, ``file_threads`` is what does without the core.
 """
 
 from __future__ import annotations

@@ -6,9 +6,6 @@ The core takes addresses and trusts them, so the checks are here. It is compiled
 
 from __future__ import annotations
 
-import functools
-import importlib
-import os
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -16,25 +13,11 @@ import torch
 from torch import Tensor
 
 from . import fused, reference
+from .core import load as _load
 from .reference import AdamHyper
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes that the core computes on, by their number in ``csrc/kernels.hpp``."""
-
-
-@functools.cache
-def _load() -> tuple[ModuleType | None, str]:
-    """The compiled core, or None, and the line that ``status`` reports."""
-    choice = os.environ.get("DEEPSPEED_NATIVE", "1").lower()
-    if choice in ("0", "false", "off"):
-        return None, f"torch kernels: the compiled core is switched off by DEEPSPEED_NATIVE={choice}"
-    try:
-        core = importlib.import_module("deepspeed.native._core")
-    except ImportError as error:
-        if getattr(error, "name", None) == "deepspeed.native._core" and isinstance(error, ModuleNotFoundError):
-            return None, "torch kernels: the core was not compiled (install a C++ compiler, then reinstall deepspeed)"
-        return None, f"torch kernels: the compiled core does not load ({error}); reinstall deepspeed"
-    return core, f"compiled core, {core.instruction_set()} instructions"
 
 
 def available() -> bool:
@@ -44,7 +27,8 @@ def available() -> bool:
 
 def status() -> str:
     """One line: the compiled core and its instruction set, or why torch's kernels run instead."""
-    return _load()[1]
+    core, reason = _load()
+    return f"torch kernels: {reason}" if core is None else f"compiled core, {core.instruction_set()} instructions"
 
 
 def _check_flat(tensors: dict[str, Tensor]) -> None:
