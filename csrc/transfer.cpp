@@ -29,7 +29,9 @@ bool Transfer::next_block(std::size_t block_size, Block& block) {
 void Transfer::finish(const Block& block, int error) {
     const std::lock_guard<std::mutex> lock(mutex_);
     outcome_.transferred += block.position - block.begin;
-    if (error != 0 && outcome_.error == 0) {
+    // Of several failures the first byte's is told, whichever block came back first.
+    const bool first = outcome_.error == 0 || (outcome_.error != ECANCELED && block.position < outcome_.failed_at);
+    if (error != 0 && first) {
         outcome_.error = error;
         outcome_.failed_at = block.position;
     }

@@ -109,7 +109,8 @@ class ThreadedTransfer:
         finally:
             with self._change:
                 self._transferred += position - begin
-                if position < end and not self._error:
+                first = not self._error or (self._error != errno.ECANCELED and position < self._failed_at)
+                if position < end and first:
                     self._error, self._failed_at = error, position
                 self._in_flight -= 1
                 self._change.notify_all()
