@@ -22,6 +22,7 @@ SWITCHED_ON: dict[str, dict[str, Any]] = {
     "zero_optimization.save_muon_momentum_buffer_in_memory": {
         "zero_optimization": {"save_muon_momentum_buffer_in_memory": True}
     },
+    "aio.use_gds": {"aio": {"use_gds": True}},
     "fp16.fp16_master_weights_and_grads": {"fp16": {"fp16_master_weights_and_grads": True}},
     "bf16.bf16_master_weights_and_grads": {"bf16": {"bf16_master_weights_and_grads": True}},
     "bf16.bf16_optimizer_states": {"bf16": {"bf16_optimizer_states": True}},

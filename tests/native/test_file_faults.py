@@ -66,7 +66,7 @@ def test_a_full_device_is_an_error_with_place_and_free_space(queue: FileQueue) -
 
 def test_a_full_file_system_says_what_was_written_and_that_nothing_is_free(queue: FileQueue, small_folder: Path) -> None:
     with queue.open(small_folder / "file") as file:
-        with pytest.raises(FileTransferError, match="ENOSPC.* its file system has 0 bytes free of 1048576") as caught:
+        with pytest.raises(FileTransferError, match=r"ENOSPC.* its file system has 0 bytes free of 1048576") as caught:
             file.submit_write(torch.zeros(3 << 20, dtype=torch.uint8)).wait()
         assert 0 < caught.value.transferred <= 1 << 20
         # What failed holds nothing up.
@@ -74,7 +74,7 @@ def test_a_full_file_system_says_what_was_written_and_that_nothing_is_free(queue
 
 
 def test_a_size_that_does_not_fit_is_refused_when_the_file_is_opened(queue: FileQueue, small_folder: Path) -> None:
-    with pytest.raises(FileTransferError, match="writing 8388608 bytes at offset 0 of .*ENOSPC.*bytes free of 1048576"):
+    with pytest.raises(FileTransferError, match=r"writing 8388608 bytes at offset 0 of .*ENOSPC.*bytes free of 1048576"):
         queue.open(small_folder / "file", nbytes=8 << 20)
 
 
@@ -82,7 +82,7 @@ def test_the_limit_on_file_sizes_is_an_error_that_names_it(queue: FileQueue, tmp
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (BLOCK * 2, before[1]))
     try:
-        with queue.open(tmp_path / "file") as file, pytest.raises(FileTransferError, match="EFBIG.*ulimit -f") as caught:
+        with queue.open(tmp_path / "file") as file, pytest.raises(FileTransferError, match=r"EFBIG.*ulimit -f") as caught:
             file.submit_write(torch.zeros(BLOCK * 4, dtype=torch.uint8)).wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -105,9 +105,9 @@ def test_a_truncated_file_is_an_error_that_says_where_it_ends(queue: FileQueue, 
 
 def test_a_device_that_fails_is_an_error_that_points_at_it(queue: FileQueue) -> None:
     # Nothing is mapped at address 0: the kernel answers as a broken disk does.
-    with queue.open("/proc/self/mem", writable=False) as file:
-        with pytest.raises(FileTransferError, match=r"\(EIO\) at byte 0; 0 bytes .*the device failed") as caught:
-            file.submit_read(torch.empty(1000)).wait()
+    broken = r"\(EIO\) at byte 0; 0 bytes .*the device failed"
+    with queue.open("/proc/self/mem", writable=False) as file, pytest.raises(FileTransferError, match=broken) as caught:
+        file.submit_read(torch.empty(1000)).wait()
     assert caught.value.errno == errno.EIO
 
 
@@ -159,7 +159,7 @@ def endless(backend: Backend, tmp_path: Path) -> Iterator[FileTransfer]:
 
 
 def test_a_wait_in_vain_is_an_error_and_the_transfer_goes_on(endless: FileTransfer) -> None:
-    with pytest.raises(TransferTimeoutError, match="reading 4294967296 bytes .* in 0.01 seconds; it goes on") as caught:
+    with pytest.raises(TransferTimeoutError, match=r"reading 4294967296 bytes .* in 0\.01 seconds; it goes on") as caught:
         endless.wait(timeout=0.01)
     assert isinstance(caught.value, TimeoutError) and caught.value.errno == errno.ETIMEDOUT
     assert not endless.done

@@ -38,11 +38,11 @@ class OffloadOptimizerConfig(Section):
 
 
 class AioConfig(Section):
-    """Asynchronous file I/O of devices nvme. Without one of them these keys have no effect."""
+    """Asynchronous file I/O of devices nvme (`docs/nvme.md`). Without one of them these keys have no effect."""
 
-    block_size: Int = key(1_048_576, "Size of one request.", unit="bytes", ge=1)
-    queue_depth: Int = key(8, "Requests in flight.", unit="requests", ge=1)
-    thread_count: Int = key(1, "Threads of one operation.", unit="threads", ge=1)
-    single_submit: bool = key(False, "Submit requests one by one.")
-    overlap_events: bool = key(True, "Submit without waiting for earlier requests.")
+    block_size: Int = key(1_048_576, "Size of one request.", unit="bytes", ge=1, le=1 << 30)
+    queue_depth: Int = key(8, "Requests of one thread in flight.", unit="requests", ge=1, le=4096)
+    thread_count: Int = key(1, "Threads that submit requests.", unit="threads", ge=1, le=4096)
+    single_submit: bool = key(False, "Tell the kernel of requests one by one (io_uring).")
+    overlap_events: bool = key(True, "Begin requests as earlier ones end, not when all have (io_uring).")
     use_gds: bool = key(False, "GPUDirect storage.")

@@ -64,6 +64,11 @@ UNBUILT: tuple[tuple[str, Predicate, str], ...] = (
         "offloading is not built yet; remove the key.",
     ),
     (
+        "aio.use_gds",
+        lambda c: c.aio.use_gds,
+        "GPUDirect storage is not built yet; set it to false: data goes through CPU memory.",
+    ),
+    (
         "fp16.fp16_master_weights_and_grads",
         lambda c: c.fp16.fp16_master_weights_and_grads,
         "fp16 masters are not built yet; masters are fp32.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import tempfile
@@ -31,18 +32,19 @@ __all__ = [
     "parse_resource_filter",
 ]
 
+COMMANDS = {"config": "deepspeed.cli.config", "nvme-bench": "deepspeed.cli.nvme_bench"}
+"""Commands besides training, and the modules that run them."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 2 for bad input, or as `deepspeed.launcher.node.run_ranks` says.
 
-    A first argument of exactly ``config`` is no script (that is ``./config``) but the command that explains
-    configurations.
+    A first argument that is one of COMMANDS is no script (that is ``./config``) but a command of its own.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    if arguments and arguments[0] == "config":
-        from ..cli.config import main as explain_config
-
-        return explain_config(arguments[1:])
+    if arguments and arguments[0] in COMMANDS:
+        command = importlib.import_module(COMMANDS[arguments[0]])
+        return int(command.main(arguments[1:]))
     options = parse_args(arguments)
     if options.version:
         print(__version__)
