@@ -76,6 +76,10 @@ def make_candidates(path: str, nbytes: int, options: QueueOptions, stack: ExitSt
                 plain = partial(by_stream, path, block_size * MEBIBYTE, file.direct)
                 found[f"stream, {block_size} MiB"] = Candidate(aligned, plain)
         found[name] = Candidate(aligned, partial(by_queue, file))
+        if name == "io_uring":
+            own = aligned_empty(nbytes, torch.uint8)
+            if queue.register(own):
+                found[f"{name}, registered"] = Candidate(own, partial(by_queue, file))
         found[f"{name}, unaligned"] = Candidate(shifted, partial(by_queue, file))
     return found
 

@@ -20,7 +20,7 @@ def test_every_backend_has_figures_beside_plain_streams(tmp_path: Path) -> None:
     expected = ["stream, 1 MiB", "stream, 16 MiB", *(name + how for name in available for how in ("", ", unaligned"))]
     for direction in ("read", "write"):
         found = [row for row in rows if row["direction"] == direction]
-        assert [row["candidate"] for row in found] == expected
+        assert [row["candidate"] for row in found if "registered" not in row["candidate"]] == expected
         assert found[0]["times_stream"] == 1.0
         assert all(row["gigabytes_per_second"] > 0 for row in found)
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
