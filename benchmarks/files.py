@@ -4,7 +4,7 @@
 
     python benchmarks/files.py DIR --size 512 --rounds 5
 
-All read and write the same file in DIR, past the page cache where its file system has O_DIRECT. They take turns, so that a
+All read and write the same file in DIR, past the page cache where its file system has O_DIRECT. They take turns in changing order, so that a
 device that slows down slows all of them; what was read is compared with what was written. Processor time is that of all
 threads of this process, with the kernel's work for them.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -90,7 +91,8 @@ def measure(path: str, nbytes: int, options: QueueOptions, rounds: int) -> list[
     with ExitStack() as stack:
         candidates = make_candidates(path, nbytes, options, stack)
         for number in range(rounds + 1):  # the first is warm-up: blocks that were never written are slower to write
-            for name, candidate in candidates.items():
+            # In another order each time: a device that is slow after much work would always slow the same ones.
+            for name, candidate in random.Random(number).sample([*candidates.items()], len(candidates)):
                 candidate.memory.copy_(pattern)
                 candidate.run("write")
                 candidate.memory.zero_()
