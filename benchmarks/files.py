@@ -4,9 +4,9 @@
 
     python benchmarks/files.py DIR --size 512 --rounds 5
 
-All read and write the same file in DIR, past the page cache where its file system has O_DIRECT. They take turns in changing order, so that a
-device that slows down slows all of them; what was read is compared with what was written. Processor time is that of all
-threads of this process, with the kernel's work for them.
+All read and write the same file in DIR, past the page cache where its file system has O_DIRECT. They take turns in changing
+order, so that a device that slows down slows all of them; what was read is compared with what was written. Processor time is
+that of all threads of this process, with the kernel's work for them.
 """
 
 from __future__ import annotations
