@@ -184,6 +184,45 @@ def test_a_parameter_is_an_argument_of_a_module(ranks):
     assert_stage_3_parity(ranks, PassedOn)
 
 
+class ProjectedByHand(torch.autograd.Function):
+    """A product that asks autograd for the weight again in backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+class GatheredInside(nn.Module):
+    """Gathers the weight of a module that it never calls, or of one that it did, and computes with it."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.body = nn.ModuleList([Block() for _ in range(3)])
+        self.embedding = nn.Embedding(17, WIDTH)
+        self.head = nn.Linear(WIDTH, 17, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.body:
+            x = block(x)
+        with deepspeed.zero.GatheredParameters([self.head.weight]):
+            return ProjectedByHand.apply(x, self.head.weight)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_module_computes_with_what_it_gathers_by_hand(ranks, tied, accumulation):
+    assert_stage_3_parity(ranks, partial(GatheredInside, tied), next_token, accumulation=accumulation)
+
+
 def frozen_between() -> nn.Module:
     model = Stack()
     model.blocks[1].requires_grad_(False)

@@ -48,6 +48,7 @@ class ModuleScopes:
         self._hooks += gather_while_loading(needs)
         for unit in fetcher.units:
             unit.on_touch = self._on_touch
+            unit.on_hold = self._on_hold
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -136,11 +137,11 @@ class ModuleScopes:
 
     def _leave(self, output: Any) -> Any:
         call = self._running.pop()
-        if call.backward is not None and call.units:
+        if call.backward is not None and call.backward.units:
             if not made_since(call.first_node, output):
                 output = _passing(output)
             if not _in_backward():
-                self._to_come.update(unit.index for unit in call.units)
+                self._to_come.update(unit.index for unit in call.backward.units)
             for tensor in made_since(call.first_node, [output, call.scope.kept()]):
                 tensor.register_hook(call.backward.enter)
         self.fetcher.let_go(call.units)
@@ -159,9 +160,20 @@ class ModuleScopes:
         """A parameter is used outside its module: its unit joins the needs of the module that runs."""
         if not self._running:
             refuse(unit, parameter, operation)
-        call = next((call for call in reversed(self._running) if call.backward is not None), self._running[-1])
+        call = self._user()
         call.units.append(unit)
+        if call.backward is not None:
+            call.backward.need(unit)
         self.fetcher.hold([unit])
+
+    def _on_hold(self, unit: ParameterUnit) -> None:
+        """A unit is gathered by hand: what the module that runs computes with it has a backward."""
+        if self._running and torch.is_grad_enabled() and (backward := self._user().backward) is not None:
+            backward.need(unit)
+
+    def _user(self) -> _Call:
+        """The innermost running module, of those with a backward where there are any."""
+        return next((call for call in reversed(self._running) if call.backward is not None), self._running[-1])
 
     def _refuse_backward(self, identifier: int, error: BaseException) -> NoReturn:
         parameters = ((unit, p) for unit in self.fetcher.units for p in unit.parameters())
@@ -213,16 +225,20 @@ class _Call:
 
 
 class _Backward:
-    """The backward of one call of a module. It may run more than once (``retain_graph``)."""
+    """The backward of one call of a module, which needs ``units``. It may run more than once (``retain_graph``)."""
 
-    def __init__(self, scopes: ModuleScopes, units: list[ParameterUnit]):
+    def __init__(self, scopes: ModuleScopes, units: Sequence[ParameterUnit]):
+        self.units = list(units)
         self._scopes = scopes
-        self._units = units
         self._held: list[ParameterUnit] = []
+
+    def need(self, unit: ParameterUnit) -> None:
+        if unit not in self.units:
+            self.units.append(unit)
 
     def enter(self, _: object = None) -> None:
         if not self._held:
-            self._held = list(self._units)
+            self._held = list(self.units)
             self._scopes.entered(self, self._held)
 
     def leave(self, _: object = None) -> None:

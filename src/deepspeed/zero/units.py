@@ -109,9 +109,10 @@ class UnitPart:
 
 class ParameterUnit:
     """The parameters of ``parts``, all sharded or all whole. ``holds`` counts who needs it whole now; ``on_touch`` is called
-    for a parameter that is computed with while it is released; ``on_memory`` when the whole buffers get memory or lose it;
-    ``freed`` is told of memory that ``let_go`` frees, outside of training steps. Released parameters have the
-    shape (0,) where ``shows_sizes`` is False, and else their own, for who asks."""
+    for a parameter that is computed with while it is released, ``on_hold`` where the unit is made whole by hand,
+    ``on_memory`` when the whole buffers get memory or lose it; ``freed`` is told of memory that ``let_go`` frees, outside of
+    training steps. Released parameters have the shape (0,) where ``shows_sizes`` is False, and else their own, for who
+    asks."""
 
     ranks_agree = True
 
@@ -123,6 +124,7 @@ class ParameterUnit:
         self.state = UnitState.SHARDED
         self.holds = 0
         self.on_touch: OnTouch = refuse
+        self.on_hold: Callable[[ParameterUnit], None] = lambda unit: None
         self.constructor: Constructor | None = None
         self.on_memory: OnMemory = lambda unit, change: None
         self.freed: FreedMemory | None = None
@@ -198,6 +200,7 @@ class ParameterUnit:
         """Make the unit whole until ``let_go``."""
         self.finish_fetch()
         self.holds += 1
+        self.on_hold(self)
 
     def let_go(self) -> None:
         """Take back a ``hold``; after the last one the unit is released."""
@@ -251,6 +254,7 @@ class ParameterUnit:
         self._groups = groups or self._groups
         self.forget_second_copy(free=True)
         self.on_touch = refuse
+        self.on_hold = lambda unit: None
         self.constructor = None
         self.shows_sizes = True
 
