@@ -86,8 +86,9 @@ NAMES: dict[str, list[str]] = {
     "runtime.utils": ["move_to_device", "see_memory_usage"],
     "runtime.zero": [
         *["GatheredParameters", "Init", "ZeroParamStatus", "config", "offload_config", "offload_states"],
-        *["partition_parameters", "stage3", "stage_1_and_2", "tiling"],
+        *["parameter_offload", "partition_parameters", "stage3", "stage_1_and_2", "tiling"],
     ],
+    "runtime.zero.parameter_offload": ["DeepSpeedZeRoOffload"],
     "runtime.zero.partition_parameters": [
         *["GatheredParameters", "Init", "ZeroParamStatus", "_orig_torch_arange", "get_accelerator"],
         "zero_wrapper_for_fp_tensor_constructor",

@@ -73,10 +73,10 @@ def preference(completions: list[str], **_: Any) -> list[float]:
 
 
 @isolated
-def rewarded(folder: str, stage: int) -> dict[str, Any]:
+def rewarded(folder: str, stage: int, options: dict[str, Any]) -> dict[str, Any]:
     data = datasets.Dataset.from_dict({"prompt": sentences(40, 4)})
-    # With beta, a frozen reference model in an engine of its own. Stage 3 generates with the parameters sharded.
-    generation = {"num_generations": 4, "max_completion_length": 6, "beta": 0.1, "ds3_gather_for_generation": False}
+    # With beta, a frozen reference model in an engine of its own.
+    generation = {"num_generations": 4, "max_completion_length": 6, "beta": 0.1, **options}
     args = trl.GRPOConfig(output_dir=folder, **generation, deepspeed=auto_config(stage), **OPTIONS)
     trainer = trl.GRPOTrainer(f"{folder}/model", preference, args, train_dataset=data, processing_class=tokenizer())
     before = weights(trainer.model)
@@ -96,7 +96,15 @@ def rewarded(folder: str, stage: int) -> dict[str, Any]:
 @each_stage
 def test_a_policy_is_trained_on_what_it_generates(ranks, tmp_path, stage):
     language_model().save_pretrained(tmp_path / "model")
-    first, second = ranks(2, rewarded, str(tmp_path), stage)
+    first, second = ranks(2, rewarded, str(tmp_path), stage, {})
     assert first["engine"] and first["changed"] and first["reference"]
     assert len(first["rewards"]) == OPTIONS["max_steps"] and min(first["norms"]) > 0
     assert_same(second["weights"], first["weights"])
+
+
+def test_a_policy_generates_the_same_from_gathered_parameters_as_from_sharded_ones(ranks, tmp_path):
+    language_model().save_pretrained(tmp_path / "model")
+    gathered, _ = ranks(2, rewarded, str(tmp_path), 3, {"ds3_gather_for_generation": True})
+    sharded, _ = ranks(2, rewarded, str(tmp_path), 3, {"ds3_gather_for_generation": False})
+    assert gathered["rewards"] == sharded["rewards"]
+    assert_same(gathered["weights"], sharded["weights"])

@@ -17,6 +17,7 @@ from ..optim import build_optimizer, build_scheduler, has_stepped, refuse_unsuit
 from ..zero.fetching import FetchLimits
 from ..zero.inspection import make_inspectable
 from ..zero.leaves import leaf_predicate
+from ..zero.offload import DeepSpeedZeRoOffload
 from ..zero.optimizer import ShardedOptimizer
 from ..zero.plan import WHOLE, UnitLimits, plan_units
 from ..zero.policy import ZeroPolicy
@@ -209,6 +210,8 @@ def shard_model(
     )
     model.scopes.unit_done = reducer.unit_done
     reducer.presence = model.trained.presence
+    if policy.shard_parameters:
+        sharded.parameter_offload = DeepSpeedZeRoOffload(module, model.scopes)
     make_inspectable(sharded)
     return model, sharded
 

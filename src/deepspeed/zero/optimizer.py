@@ -28,6 +28,7 @@ from ..memory.layout import Bucket
 from ..optim.loss_scaling import LossScaler
 from ..optim.segments import FlatShard, Segments
 from ..optim.sharding import ShardUpdate, make_stepper
+from .offload import DeepSpeedZeRoOffload
 from .parameters import FlatParameters
 from .policy import ZeroPolicy
 from .reducer import GradientReducer
@@ -53,8 +54,10 @@ class ShardedOptimizer(DeepSpeedOptimizer):
     """A torch optimizer whose states, and as the policy says gradients, are sharded over ranks.
 
     ``param_groups``, ``state`` and ``defaults`` are the inner optimizer's, live: schedulers built on either one act on
-    both.
+    both. ``parameter_offload`` is there where parameters are sharded: the hooks that make them whole.
     """
+
+    parameter_offload: DeepSpeedZeRoOffload
 
     def __init__(
         self,

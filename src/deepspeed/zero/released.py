@@ -254,12 +254,13 @@ def describe(parameter: nn.Parameter, home: Home, *, shape: tuple[int, ...], sha
     described["ds_shape"] = torch.Size(shape)
     described["ds_numel"] = numel
     described["ds_status"] = ZeroParamStatus.AVAILABLE
+    described["ds_active_sub_modules"] = set()  # for who empties it: it is homes that know who holds them
     described["partition_numel"] = partial(int, -(-numel // shards))
 
 
 def forget(parameter: nn.Parameter) -> None:
     """Take away what ``describe`` gave; the identifier stays, for the next home."""
-    for name in (HOME, "ds_shape", "ds_numel", "ds_status", "partition_numel"):
+    for name in (HOME, "ds_shape", "ds_numel", "ds_status", "ds_active_sub_modules", "partition_numel"):
         parameter.__dict__.pop(name, None)
 
 

@@ -44,8 +44,10 @@ class ModuleScopes:
         self._under_way: dict[_Backward, None] = {}
         self.unit_done: Callable[[int], None] = lambda unit: None
         self._to_come: Counter[int] = Counter()
-        self._hooks = [hook for scope in _scopes(needs) for hook in self._attach(scope)]
-        self._hooks += gather_while_loading(needs)
+        self._scopes = tuple(_scopes(needs))
+        self._loading = tuple(gather_while_loading(needs))
+        self.hooks: list[Any] = []
+        self.attach()
         for unit in fetcher.units:
             unit.on_touch = self._on_touch
             unit.on_hold = self._on_hold
@@ -105,11 +107,18 @@ class ModuleScopes:
             if self._to_come[unit.index] <= 0:
                 self.unit_done(unit.index)
 
-    def close(self) -> None:
-        """Take the hooks off the modules."""
-        for hook in self._hooks:
+    def attach(self) -> None:
+        """Put the hooks onto the modules, also where somebody took some of them off."""
+        for hook in self.hooks:
             hook.remove()
-        self._hooks.clear()
+        self.hooks = [hook for scope in self._scopes for hook in self._attach(scope)]
+
+    def close(self) -> None:
+        """Take the hooks off the modules, for good."""
+        self._scopes = ()
+        self.attach()
+        for hook in self._loading:
+            hook.remove()
 
     def _attach(self, scope: _Scope) -> Iterator[Any]:
         # A copy of the module has these hooks too, and parameters of its own.

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from ...zero import GatheredParameters, Init, ZeroParamStatus
-from . import config, offload_config, offload_states, partition_parameters, stage3, stage_1_and_2, tiling
+from . import (
+    config,
+    offload_config,
+    offload_states,
+    parameter_offload,
+    partition_parameters,
+    stage3,
+    stage_1_and_2,
+    tiling,
+)
 
 __all__ = [
     "GatheredParameters",
@@ -12,6 +21,7 @@ __all__ = [
     "config",
     "offload_config",
     "offload_states",
+    "parameter_offload",
     "partition_parameters",
     "stage3",
     "stage_1_and_2",
