@@ -28,6 +28,8 @@ public:
     virtual void wake() = 0;
     // Wait until the closed queue is empty and every block finished.
     virtual void join() = 0;
+    // Prepare memory for many transfers; false where that is not possible or has no use. It must live until `join` is done.
+    virtual bool register_memory(char* memory, std::size_t nbytes) = 0;
 };
 
 // Threads that call pread and pwrite: `queue_depth` for each of `thread_count`, at most MOST_THREADS.
@@ -53,6 +55,8 @@ public:
 
     std::shared_ptr<Transfer> submit(const OpenFile& file, char* memory, std::size_t nbytes, std::uint64_t offset,
                                      bool writing);
+    // As Workers: later transfers from and to this memory cost less. It must live until `close` is done.
+    bool register_memory(char* memory, std::size_t nbytes);
     // Complete what was submitted and end the threads. A second call does nothing.
     void close();
 

@@ -36,6 +36,9 @@ void bind_files(nb::module_& module) {
             return self.submit({direct, buffered, offset_alignment, memory_alignment},
                                reinterpret_cast<char*>(address), nbytes, offset, writing);
         }, "file"_a, "address"_a, "nbytes"_a, "offset"_a, "writing"_a)
+        .def("register_memory", [](FileEngine& self, std::uintptr_t address, std::size_t nbytes) {
+            return self.register_memory(reinterpret_cast<char*>(address), nbytes);
+        }, "address"_a, "nbytes"_a, "Whether later transfers of this memory, which must live until close, cost less.")
         .def("close", &FileEngine::close, unlocked, "Complete what was submitted and end the threads.");
     module.def("uring_refusal", &uring_refusal, "Why io_uring cannot be used here; empty if it can.");
     module.def("direct_alignments", [](int descriptor) {

@@ -67,6 +67,8 @@ public:
         threads_.clear();
     }
 
+    bool register_memory(char*, std::size_t) override { return false; }  // pread and pwrite know nothing of it
+
 private:
     std::vector<std::thread> threads_;
 };
@@ -108,6 +110,10 @@ std::shared_ptr<Transfer> FileEngine::submit(const OpenFile& file, char* memory,
     if (!workers_ || !queue_->push(transfer)) throw std::runtime_error("the file engine is closed");
     workers_->wake();
     return transfer;
+}
+
+bool FileEngine::register_memory(char* memory, std::size_t nbytes) {
+    return workers_ && workers_->register_memory(memory, nbytes);
 }
 
 void FileEngine::close() {

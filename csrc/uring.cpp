@@ -3,6 +3,7 @@
 
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -72,13 +73,28 @@ void Ring::release() {
     close(descriptor_);
 }
 
+bool Ring::reserve_buffers(unsigned count) {
+    uring::BufferTable table{count, uring::REGISTER_SPARSE, 0, 0, 0};
+    return syscall(uring::REGISTER, descriptor_, uring::REGISTER_BUFFERS, &table, sizeof table) >= 0;
+}
+
+bool Ring::register_buffer(unsigned index, void* memory, std::size_t nbytes) {
+    iovec buffer{memory, nbytes};
+    uring::BufferUpdate update{index, 0, reinterpret_cast<std::uintptr_t>(&buffer), 0, 1, 0};
+    return syscall(uring::REGISTER, descriptor_, uring::REGISTER_BUFFERS_UPDATE, &update, sizeof update) == 1;
+}
+
 void Ring::prepare(std::uint8_t operation, int descriptor, void* memory, std::uint32_t nbytes, std::uint64_t offset,
-                   std::uint64_t user_data) {
+                   std::uint64_t user_data, int buffer) {
     std::uint32_t* const tail = at(sq_ring_, parameters_.sq.tail);
     const std::uint32_t index = *tail & *at(sq_ring_, parameters_.sq.ring_mask);
     uring::Submission& submission = submissions_[index];
     submission = {};
     submission.operation = operation;
+    if (buffer >= 0) {
+        submission.operation = operation == uring::OP_READ ? uring::OP_READ_FIXED : uring::OP_WRITE_FIXED;
+        submission.buffer = static_cast<std::uint16_t>(buffer);
+    }
     submission.descriptor = descriptor;
     submission.offset = offset;
     submission.address = reinterpret_cast<std::uintptr_t>(memory);

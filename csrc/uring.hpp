@@ -16,9 +16,15 @@ public:
     Ring(const Ring&) = delete;
     Ring& operator=(const Ring&) = delete;
 
-    // Put a request into the ring; at most `entries` between two calls of `enter`.
+    // Make room for registered buffers, and register one: the kernel finds and pins its pages once, not for each request.
+    // False where it refuses (before 5.19, or beyond RLIMIT_MEMLOCK). Any thread may register.
+    bool reserve_buffers(unsigned count);
+    bool register_buffer(unsigned index, void* memory, std::size_t nbytes);
+
+    // Put a request into the ring; at most `entries` between two calls of `enter`. `buffer` is the index of the registered
+    // buffer that the memory lies in, or -1.
     void prepare(std::uint8_t operation, int descriptor, void* memory, std::uint32_t nbytes, std::uint64_t offset,
-                 std::uint64_t user_data);
+                 std::uint64_t user_data, int buffer = -1);
     // Tell the kernel of what was prepared, and wait until it has completed at least `wait` requests.
     void enter(unsigned wait);
     // Take one completed request; false if there is none.

@@ -13,8 +13,11 @@ constexpr std::uint32_t ENTER_GETEVENTS = 1;
 constexpr std::uint32_t FEATURE_SINGLE_MMAP = 1;
 constexpr std::uint32_t SQ_CQ_OVERFLOW = 2;
 constexpr std::uint8_t OP_READ = 22, OP_WRITE = 23;  // since Linux 5.6
+constexpr std::uint8_t OP_READ_FIXED = 4, OP_WRITE_FIXED = 5;
 constexpr unsigned REGISTER_PROBE = 8;
 constexpr std::uint16_t OP_SUPPORTED = 1;
+constexpr unsigned REGISTER_BUFFERS = 15, REGISTER_BUFFERS_UPDATE = 16;  // with tables to be filled, since Linux 5.19
+constexpr std::uint32_t REGISTER_SPARSE = 1;
 
 struct SubmissionOffsets {
     std::uint32_t head, tail, ring_mask, ring_entries, flags, dropped, array, reserved;
@@ -39,7 +42,19 @@ struct Submission {
     std::uint64_t offset, address;
     std::uint32_t nbytes, operation_flags;
     std::uint64_t user_data;
-    std::uint64_t unused[3];
+    std::uint16_t buffer;
+    std::uint16_t unused[11];
+};
+
+struct BufferTable {
+    std::uint32_t count, flags;
+    std::uint64_t reserved, data, tags;
+};
+
+struct BufferUpdate {
+    std::uint32_t index, reserved;
+    std::uint64_t data, tags;
+    std::uint32_t count, reserved2;
 };
 
 struct Completion {
@@ -61,6 +76,7 @@ struct Probe {
     ProbedOperation operations[64];
 };
 
-static_assert(sizeof(Parameters) == 120 && sizeof(Submission) == 64 && sizeof(Completion) == 16, "the kernel's layout");
+static_assert(sizeof(Parameters) == 120 && sizeof(Submission) == 64 && sizeof(Completion) == 16 &&
+                  sizeof(BufferTable) == 32 && sizeof(BufferUpdate) == 32, "the kernel's layout");
 
 }  // namespace deepspeed::uring

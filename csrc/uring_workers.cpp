@@ -20,13 +20,43 @@
 namespace deepspeed {
 namespace {
 
-// One thread's requests. Buffers and files are not registered with the ring: for blocks of 256 KB and more, what that saves
-// could not be measured, while registered memory counts against RLIMIT_MEMLOCK.
+// Memory that every ring has registered, by its index there.
+class RegisteredMemory {
+public:
+    static constexpr unsigned MOST = 64;
+    static constexpr std::size_t MOST_NBYTES = std::size_t{1} << 30;  // the kernel's limit
+
+    // The index of what holds [memory, memory + nbytes), or -1.
+    int find(const char* memory, std::size_t nbytes) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        for (std::size_t index = 0; index < regions_.size(); ++index)
+            if (memory >= regions_[index].first && memory + nbytes <= regions_[index].first + regions_[index].second)
+                return static_cast<int>(index);
+        return -1;
+    }
+
+    // Adds a region if `apply`, given its index, returns true.
+    template <typename Apply>
+    bool add(char* memory, std::size_t nbytes, const Apply& apply) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (regions_.size() == MOST || nbytes == 0 || nbytes > MOST_NBYTES) return false;
+        if (!apply(static_cast<unsigned>(regions_.size()))) return false;
+        regions_.emplace_back(memory, nbytes);
+        return true;
+    }
+
+private:
+    std::mutex mutex_;
+    std::vector<std::pair<char*, std::size_t>> regions_;
+};
+
+// One thread's requests. Files are not registered with the ring: that saves nothing that shows at a block's size.
 class UringWorker {
 public:
-    UringWorker(BlockQueue& queue, const EngineOptions& options)
-        : queue_(queue), options_(options), ring_(options.queue_depth + 1), event_(eventfd(0, EFD_CLOEXEC)) {
+    UringWorker(BlockQueue& queue, const EngineOptions& options, RegisteredMemory& registered)
+        : queue_(queue), options_(options), registered_(registered), ring_(options.queue_depth + 1), event_(eventfd(0, EFD_CLOEXEC)) {
         if (event_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
+        has_buffers_ = ring_.reserve_buffers(RegisteredMemory::MOST);
         for (unsigned index = 0; index < options.queue_depth; ++index) {
             slots_.push_back({{}, {}, BounceBuffer(options.block_size)});
             free_.push_back(index);
@@ -39,6 +69,11 @@ public:
     void wake() {
         const std::uint64_t one = 1;
         static_cast<void>(!write(event_, &one, sizeof one));
+    }
+
+    // Called by other threads.
+    bool register_memory(unsigned index, char* memory, std::size_t nbytes) {
+        return has_buffers_ && ring_.register_buffer(index, memory, nbytes);
     }
 
     void run() {
@@ -104,7 +139,8 @@ private:
             if (writing) std::memcpy(memory, request.memory, request.nbytes);
         }
         ring_.prepare(writing ? uring::OP_WRITE : uring::OP_READ, request.descriptor, memory,
-                      static_cast<std::uint32_t>(request.nbytes), request.offset, index);
+                      static_cast<std::uint32_t>(request.nbytes), request.offset, index,
+                      has_buffers_ ? registered_.find(memory, request.nbytes) : -1);
         if (options_.single_submit) ring_.enter(0);
     }
 
@@ -125,6 +161,8 @@ private:
 
     BlockQueue& queue_;
     const EngineOptions options_;
+    RegisteredMemory& registered_;
+    bool has_buffers_ = false;
     std::vector<Slot> slots_;
     std::vector<unsigned> free_;
     std::uint64_t wakes_ = 0;
@@ -137,7 +175,7 @@ class UringWorkers : public Workers {
 public:
     UringWorkers(BlockQueue& queue, const EngineOptions& options) {
         for (unsigned index = 0; index < options.thread_count; ++index)
-            workers_.push_back(std::make_unique<UringWorker>(queue, options));
+            workers_.push_back(std::make_unique<UringWorker>(queue, options, registered_));
         try {
             for (const auto& worker : workers_)
                 threads_.push_back(start_thread([&worker = *worker] { worker.run(); }));
@@ -158,7 +196,16 @@ public:
         threads_.clear();
     }
 
+    bool register_memory(char* memory, std::size_t nbytes) override {
+        return registered_.add(memory, nbytes, [&](unsigned index) {
+            for (const auto& worker : workers_)
+                if (!worker->register_memory(index, memory, nbytes)) return false;
+            return true;
+        });
+    }
+
 private:
+    RegisteredMemory registered_;
     std::vector<std::unique_ptr<UringWorker>> workers_;
     std::vector<std::thread> threads_;
 };

@@ -26,13 +26,8 @@ class SourceCode(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, language: tuple[Path, str], context: int, *, held_out: bool = False, limit: int = 100_000) -> None:
-        root, pattern = language
-        files = [path for path in sorted(root.glob(pattern)) if path.is_file()]
-        chosen = [path for index, path in enumerate(files) if (index % 10 == 0) == held_out]
-        text = bytearray(b"\n".join(path.read_bytes() for path in chosen))
-        windows = torch.frombuffer(text, dtype=torch.uint8)[: len(text) // context * context].view(-1, context)
-        count = min(limit, len(windows))
-        self.windows = windows[torch.arange(count) * len(windows) // count]
+        text = bytearray(source_of(language, held_out=held_out))
+        self.windows = windows_of(torch.frombuffer(text, dtype=torch.uint8), context, limit=limit)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -40,6 +35,20 @@ class SourceCode(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         window = self.windows[index].long()
         return {"input_ids": window, "labels": window}
+
+
+def source_of(language: tuple[Path, str], *, held_out: bool) -> bytes:
+    """The files of ``language``, joined: every tenth one where ``held_out``, else the others."""
+    root, pattern = language
+    files = [path for path in sorted(root.glob(pattern)) if path.is_file()]
+    return b"\n".join(path.read_bytes() for index, path in enumerate(files) if (index % 10 == 0) == held_out)
+
+
+def windows_of(tokens: Tensor, context: int, *, limit: int) -> Tensor:
+    """``tokens`` (1-D) in rows of ``context``, end to end; of more than ``limit`` that many, evenly spread."""
+    windows = tokens[: len(tokens) // context * context].view(-1, context)
+    count = min(limit, len(windows))
+    return windows[torch.arange(count) * len(windows) // count]
 
 
 def encoded(text: str) -> Tensor:

@@ -55,7 +55,10 @@ def test_a_key_that_nothing_reads_says_why():
     assert found["csv_monitor.job_name"][2] == "its section is off"
     assert found["csv_monitor.enabled"] == (False, "given", "")
     assert found["data_efficiency.data_sampling.enabled"][2] == "its section is off"
-    assert entries({"aio": {"queue_depth": 4}})["aio.queue_depth"] == (4, "given", "nothing reads it yet")
+    assert entries({"aio": {"queue_depth": 4}})["aio.queue_depth"] == (4, "given", "only device nvme reads it")
+    assert found["zero_optimization.offload_optimizer.ratio"][2] == "its device is none"
+    on_disk = {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}
+    assert entries({"zero_optimization": on_disk})["aio.queue_depth"][2] == ""
     assert entries({"csv_monitor": {"enabled": True}})["csv_monitor.job_name"][2] == ""
 
 

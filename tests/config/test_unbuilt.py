@@ -16,7 +16,6 @@ SWITCHED_ON: dict[str, dict[str, Any]] = {
     },
     "zero_optimization.zero_quantized_weights": {"zero_optimization": {"zero_quantized_nontrainable_weights": True}},
     "zero_optimization.zero_quantized_gradients": {"zero_optimization": {"zero_quantized_gradients": True}},
-    "zero_optimization.zero_hpz_partition_size": {"zero_optimization": {"zero_hpz_partition_size": 8}},
     "zero_optimization.mics_hierarchical_params_gather": {"zero_optimization": {"mics_hierarchical_params_gather": True}},
     "zero_optimization.zenflow": {"zero_optimization": {"zenflow": {}}},
     "zero_optimization.ignore_unused_parameters": {"zero_optimization": {"ignore_unused_parameters": False}},

@@ -112,7 +112,8 @@ def remove_a_file(path: Path) -> None:
 def flip_a_bit(path: Path) -> None:
     file = path / "rank_00000.safetensors"
     content = bytearray(file.read_bytes())
-    content[-10] ^= 1
+    values = 8 + int.from_bytes(content[:8], "little")
+    content[values + 10] ^= 1
     file.write_bytes(content)
 
 

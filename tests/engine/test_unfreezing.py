@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import deepspeed
 from deepspeed.optim import Lamb, Muon, split_parameter_groups
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from tests.parity import Training, assert_close, assert_parity, generator, make_engine, sgd, state_of
@@ -83,12 +84,12 @@ def as_client(plain: Any, model: nn.Module) -> dict[str, Any]:
 @pytest.mark.parametrize("micro_step", [block_by_block, back_and_forth, on_rank_one_alone])
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
 def test_what_is_unfrozen_is_trained_from_then_on(ranks, micro_step, accumulation):
-    """With accumulation, in the midst of a step too."""
+    """With accumulation, in the midst of a step too. At stage 3 all ranks run the same backward: they fetch together."""
     config = {"gradient_clipping": 0.1}
     training = Training(
         Staged, micro_step, steps=8 // accumulation + 1, accumulation=accumulation, config=config, optimizer=sgd_of_all
     )
-    assert_parity(ranks, training, stages=(0, 1, 2))
+    assert_parity(ranks, training, stages=(0, 1, 2) if micro_step is on_rank_one_alone else (0, 1, 2, 3))
 
 
 @pytest.mark.parametrize(
@@ -112,21 +113,34 @@ def test_each_optimizer_takes_in_what_is_unfrozen(ranks, optimizer, bucket):
         arguments=partial(as_client, optimizer),
         optimizer=optimizer,
     )
-    assert_parity(ranks, training, stages=(0, 1, 2), tolerance=1e-5)
+    assert_parity(ranks, training, stages=(0, 1, 2, 3), tolerance=1e-5)
 
 
-def refused_at_stage_three() -> str:
-    engine = make_engine(Training(Staged, squared_output), 3)
-    engine.module.blocks[1].requires_grad_(True)
-    squared_output(engine, 0, engine.backward)
-    with pytest.raises(RuntimeError) as caught:
+def held_while_it_steps(stage: int) -> bool:
+    """Unfrozen inside ``GatheredParameters``: whole before and after the step, with the values of the step afterwards."""
+    results = []
+    for gathered in (False, True):
+        engine = make_engine(Training(Staged, squared_output), stage)
+        engine.module.blocks[:2].requires_grad_(True)
+        with deepspeed.zero.GatheredParameters(engine.module, enabled=gathered):
+            squared_output(engine, 0, engine.backward)
+            engine.step()
+        squared_output(engine, 1, engine.backward)
         engine.step()
-    return str(caught.value)
+        results.append(state_of(engine.module))
+        engine.destroy()
+    return all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
 
-def test_what_stage_three_sharded_frozen_cannot_be_unfrozen(ranks):
-    for message in ranks(2, refused_at_stage_three):
-        assert "blocks.1.weight" in message and "was frozen when deepspeed.initialize sharded it by ZeRO stage 3" in message
+def test_what_is_gathered_may_be_unfrozen(ranks):
+    assert ranks(2, held_while_it_steps, 3) == [True, True]
+
+
+@pytest.mark.parametrize("zero", [{"zero_hpz_partition_size": 2}, {"mics_shard_size": 2}], ids=["second copy", "copies"])
+def test_what_is_unfrozen_stays_in_its_unit_in_any_groups(ranks, zero):
+    """With four ranks all blocks have joined at the third step."""
+    training = Training(Staged, block_by_block, steps=5, config={"zero_optimization": zero}, optimizer=sgd_of_all)
+    assert_parity(ranks, training, 4, stages=(3,))
 
 
 def looked_at(stage: int) -> list[object]:
@@ -141,12 +155,13 @@ def looked_at(stage: int) -> list[object]:
         engine.step()
         seen.append(float(safe_get_full_optimizer_state(weight, "step")))
     after = engine.model_state_bytes()
-    seen.append(torch.equal(weight, safe_get_full_fp32_param(weight).bfloat16()))
+    with deepspeed.zero.GatheredParameters([weight]):
+        seen.append(torch.equal(weight, safe_get_full_fp32_param(weight).bfloat16()))
     seen.append(weight.grad is None and after.master == 2 * before.master)
     return seen
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_an_unfrozen_parameter_has_a_master_and_states(ranks, stage):
     for seen in ranks(2, looked_at, stage):
         assert seen == [None, 1.0, 2.0, True, True]
@@ -165,8 +180,8 @@ def train(engine, first: int, last: int, unfrozen: int) -> None:
         engine.step()
 
 
-def saved(directory: str) -> list[dict[str, Tensor]]:
-    engine = make_engine(ADAM, 2)
+def saved(directory: str, stage: int) -> list[dict[str, Tensor]]:
+    engine = make_engine(ADAM, stage)
     train(engine, 0, 1, unfrozen=1)
     train(engine, 1, 3, unfrozen=2)
     engine.save_checkpoint(directory)
@@ -192,12 +207,41 @@ def resumed(directory: str, stage: int) -> list[dict[str, Tensor]]:
     return results
 
 
-@pytest.mark.parametrize(("size", "stage"), [(1, 0), (2, 1), (2, 2), (4, 2)])
-def test_a_checkpoint_goes_on_with_the_states_of_what_was_unfrozen(ranks, tmp_path, size, stage):
-    expected = ranks(2, saved, str(tmp_path))[0]
+@pytest.mark.parametrize(("size", "stage"), [(1, 0), (2, 1), (2, 2), (4, 2), (2, 3), (4, 3)])
+@pytest.mark.parametrize("before", [2, 3])
+def test_a_checkpoint_goes_on_with_the_states_of_what_was_unfrozen(ranks, tmp_path, before, size, stage):
+    expected = ranks(2, saved, str(tmp_path), before)[0]
     for results in ranks(size, resumed, str(tmp_path), stage):
         for weights, wanted in zip(results, expected, strict=True):
             assert_close(weights, wanted, 1e-5)
+
+
+def in_part(directory: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weight of block 0 joins, its bias stays frozen: the slice in which both were has a gap."""
+    engine = make_engine(ADAM, 3)
+
+    def trained(first: int, last: int) -> dict[str, Tensor]:
+        engine.module.blocks[0].weight.requires_grad_(True)
+        for step in range(first, last):
+            squared_output(engine, 2 * step + engine.communicator.rank, engine.backward)
+            engine.step()
+        return state_of(engine.module)
+
+    trained(0, 2)
+    with deepspeed.zero.GatheredParameters([engine.module.blocks[0].bias], modifier_rank=0):
+        engine.module.blocks[0].bias.data.fill_(0.5)
+    engine.save_checkpoint(directory)
+    expected = trained(2, 4)
+    engine.destroy()
+    engine = make_engine(ADAM, 3)
+    engine.load_checkpoint(directory)
+    return expected, trained(2, 4)
+
+
+def test_a_part_of_a_unit_may_be_unfrozen(ranks, tmp_path):
+    for expected, weights in ranks(2, in_part, str(tmp_path)):
+        assert_close(weights, expected)
+        assert torch.equal(weights["blocks.0.bias"], torch.full((WIDTH,), 0.5))
 
 
 def last_block_alone(model: nn.Module) -> dict[str, Any]:
@@ -243,6 +287,6 @@ def forgotten(stage: int) -> tuple[bool, float, int]:
     return same, engine.loss_scale(), engine.skipped_steps
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_waiting_gradient_is_forgotten_with_the_others(ranks, stage):
     assert ranks(2, forgotten, stage) == [(True, 8.0, 1)] * 2

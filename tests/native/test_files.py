@@ -121,6 +121,26 @@ def test_a_file_opened_with_a_size_has_its_room_and_keeps_what_was_in_it(queue: 
     assert (tmp_path / "file").read_bytes()[:4] == b"abc\0"
 
 
+def test_registered_memory_moves_the_same_bytes(queue: FileQueue, folder: Path) -> None:
+    rng = random.Random(1)
+    memory = aligned_empty(500_000, torch.uint8)
+    registered = [queue.register(memory), *(queue.register(torch.empty(10)) for _ in range(70))]
+    assert not registered[-1], "the kernel's table has 64 places"
+    assert queue.backend == "io_uring" or not any(registered)
+    with queue.open(folder / "file", nbytes=500_000) as file:
+        for shift in (0, 1, 512):
+            part = memory[shift : shift + 400_000]
+            part.copy_(random_bytes(rng, 400_000))
+            written = part.clone()
+            file.submit_write(part, shift).wait()
+            part.zero_()
+            file.submit_read(part, shift).wait()
+            assert torch.equal(part, written)
+            assert (folder / "file").read_bytes()[shift : shift + 400_000] == bytes(written.numpy())
+    with pytest.raises(ValueError, match="pass a contiguous one on cpu"):
+        queue.register(memory[::2])
+
+
 def test_an_aligned_tensor_begins_at_a_page_and_may_be_empty() -> None:
     tensor = aligned_empty(1001, torch.bfloat16)
     assert tensor.shape == (1001,) and tensor.dtype == torch.bfloat16

@@ -67,6 +67,27 @@ def test_what_the_modifier_rank_wrote_is_everyone_s_and_the_masters_and_other_ch
         assert kept
 
 
+ALL_SMALL = {"zero_optimization": {"stage3_param_persistence_threshold": 1000}}
+
+
+def written_small(config: dict[str, object]) -> tuple[list[bool], bool]:
+    engine = engine_of({**config, **ALL_SMALL})
+    module = engine.module
+    rank = engine.communicator.rank
+    with deepspeed.zero.GatheredParameters(module, modifier_rank=1):
+        for parameter in module.parameters():
+            parameter.data.fill_(7.0 if rank == 1 else -1.0)
+    masters = [safe_get_full_fp32_param(p) for p in module.parameters() if p.requires_grad]
+    described = all(p.ds_status.name == "AVAILABLE" and p.ds_shape == p.shape for p in module.parameters())
+    return [bool((value == 7).all()) for value in [*state_of(module).values(), *masters]], described
+
+
+@pytest.mark.parametrize("config", [{}, BF16], ids=["fp32", "bf16"])
+def test_so_it_is_where_all_parameters_are_so_small_that_none_is_sharded(ranks, config):
+    for sevens, described in ranks(2, written_small, config):
+        assert sevens == [True] * 10 and described
+
+
 def after_an_error() -> tuple[bool, int]:
     module = engine_of().module
     before = state_of(module)

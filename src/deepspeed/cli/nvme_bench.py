@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -87,8 +88,9 @@ def measure(
         direct = file.direct
         # Blocks that were never written are slower to write, once.
         file.submit_write(memory).wait()
-    for _ in range(rounds):
-        for candidate, found in rates.items():
+    for number in range(rounds):
+        # In another order each time: a device that is slow after much work would always slow the same ones.
+        for candidate, found in random.Random(number).sample([*rates.items()], len(rates)):
             if candidate is None:
                 found.write.append(_rate(stream, path, memory, writing=True, direct=direct))
                 found.read.append(_rate(stream, path, memory, writing=False, direct=direct))

@@ -1,9 +1,11 @@
 """Who shards over whom.
 
 Ranks that hold one copy of the states together, a slice each, are *shards*. Where they are fewer than all (MiCS), the others
-form groups like theirs: ranks with the same slice are *replicas* of each other.
+form groups like theirs: ranks with the same slice are *replicas* of each other. Shards on one machine, say, may be *nearby*:
+they keep a second copy of what was gathered last, a slice each, and gather it again from each other alone (ZeRO++ hpZ).
 
-Source: Zhang et al., "MiCS: Near-linear Scaling for Training Gigantic Model on Public Cloud" (2022), section 3.
+Sources: Zhang et al., "MiCS: Near-linear Scaling for Training Gigantic Model on Public Cloud" (2022), section 3; Wang et al.,
+"ZeRO++: Extremely Efficient Collective Communication for Giant Model Training" (2023), section 3.2.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from .operations import Deferred, Pending
 @dataclass(frozen=True)
 class ShardGroups:
     """``everyone`` are the data-parallel ranks, ``shards`` those of this rank's copy; ``replicas`` those that have this
-    rank's slice, None where there is one copy."""
+    rank's slice, None where there is one copy. ``nearby`` are those of a second copy, None where there is none."""
 
     everyone: Communicator
     shards: Communicator
     replicas: Communicator | None = None
+    nearby: Communicator | None = None
 
     @staticmethod
     def whole(everyone: Communicator) -> ShardGroups:
@@ -40,6 +43,13 @@ class ShardGroups:
         replicas = everyone.split([ranks[shard::size] for shard in range(size)])
         return ShardGroups(everyone, shards, replicas)
 
+    def with_second_copy(self, size: int) -> ShardGroups:
+        """The same, with a second copy on each ``size`` consecutive shards. Called on all ranks."""
+        if size == self.shards.size:
+            return self
+        ranks = range(self.everyone.size)
+        return replace(self, nearby=self.everyone.split([ranks[first : first + size] for first in ranks[::size]]))
+
     @property
     def is_first_copy(self) -> bool:
         """Whether this rank's slices count where each element is to count once."""
@@ -48,6 +58,12 @@ class ShardGroups:
     def duplicate(self) -> ShardGroups:
         """The same, with shards in a process group of their own. Called on all ranks."""
         return replace(self, shards=self.shards.duplicate())
+
+    def close(self) -> None:
+        """Take the groups of a ``duplicate`` apart, and of its second copy."""
+        self.shards.close()
+        if self.nearby is not None:
+            self.nearby.close()
 
     def unchecked(self) -> ShardGroups:
         """The same, which compare no more what they are about to do."""

@@ -12,15 +12,12 @@ from .section import Section, stage_of, unit_of
 from .tuning import DEEPCOMPILE
 
 IDLE = (
-    "aio",
     "amp",
     "compression_training",
     "pipeline",
     "sparse_attention",
     "tensor_parallel",
     "zero_optimization.leaf_module",
-    "zero_optimization.offload_optimizer",
-    "zero_optimization.offload_param",
     *(f"compile.{name}" for name in DEEPCOMPILE),
 )
 """Sections and keys that no feature reads yet."""
@@ -48,6 +45,10 @@ def _entries(config: RootSection, section: Section, path: str, outside: str) -> 
     inside = outside
     if not getattr(section, "enabled", True):
         inside = inside or "its section is off"
+    elif getattr(section, "device", "") == "none":
+        inside = inside or "its device is none"
+    elif path == "aio." and "nvme" not in _devices(config):
+        inside = inside or "only device nvme reads it"
     elif path[:-1] in IDLE:
         inside = inside or "nothing reads it yet"
     sections = []
@@ -74,3 +75,8 @@ def _origin(config: RootSection, path: str) -> Origin:
     found = config.origin(path)
     inside = [origin for other, origin in config.sources.items() if other.startswith(f"{path}.")]
     return inside[0] if found == DEFAULT and inside and inside[0].kind is not Kind.AUTO else found
+
+
+def _devices(config: RootSection) -> set[str]:
+    zero = config.zero_optimization
+    return {zero.offload_optimizer.device, zero.offload_param.device}

@@ -29,11 +29,6 @@ UNBUILT: tuple[tuple[str, Predicate, str], ...] = (
         "quantized communication (ZeRO++) is not built yet; switch it off.",
     ),
     (
-        "zero_optimization.zero_hpz_partition_size",
-        lambda c: c.zero_optimization.zero_hpz_partition_size > 1,
-        "secondary partitions (ZeRO++) are not built yet; use 1.",
-    ),
-    (
         "zero_optimization.mics_hierarchical_params_gather",
         lambda c: c.zero_optimization.mics_hierarchical_params_gather,
         "gathering in two steps is not built yet; set it to false.",

@@ -89,7 +89,14 @@ class ZeroConfig(Section):
     )
     log_trace_cache_warnings: bool = key(False, "Warn where another unit is needed than was expected.", stage=3)
     leaf_module: LeafModuleConfig = LeafModuleConfig()
-    zero_hpz_partition_size: Int = key(1, "ZeRO++: ranks of a secondary partition.", unit="ranks", ge=0)
+    zero_hpz_partition_size: Int = key(
+        1,
+        "ZeRO++: ranks, consecutive ones as on one machine, that hold a second copy of the parameters in shards: what was "
+        "gathered once from all is gathered again, for backward, from these. 0 or 1 for none.",
+        unit="ranks",
+        ge=0,
+        stage=3,
+    )
     zero_quantized_weights: bool = key(False, "ZeRO++: gather quantized weights.")
     zero_quantized_nontrainable_weights: bool = key(False, "ZeRO++: quantize frozen weights.")
     zero_quantized_gradients: bool = key(False, "ZeRO++: reduce quantized gradients.")
@@ -110,13 +117,18 @@ class ZeroConfig(Section):
     def sharding_problems(self, world_size: int) -> list[Problem]:
         """What is wrong with the sizes of sharding groups for ``world_size`` data-parallel ranks."""
         name, size = "zero_optimization.mics_shard_size", self.mics_shard_size
-        if size == -1:
-            return []
-        if size < 1:
+        if size != -1 and size < 1:
             return [Problem(name, f"found {size}, expected -1 or a number of ranks.")]
-        if self.stage < 1:
+        if size != -1 and self.stage < 1:
             return [Problem(name, "needs stage 1, 2 or 3: stage 0 shards nothing.")]
-        return _uneven(name, size, world_size)
+        problems = _uneven(name, size, world_size, "data-parallel ranks") if size != -1 else []
+        name, nearby = "zero_optimization.zero_hpz_partition_size", self.zero_hpz_partition_size
+        if nearby > 1 and self.stage < 3:
+            return [*problems, Problem(name, f"needs stage 3; found stage {self.stage}.")]
+        if nearby > 1 and not problems:
+            whole = (world_size, "data-parallel ranks") if size == -1 else (size, "ranks of mics_shard_size")
+            problems += _uneven(name, nearby, *whole)
+        return problems
 
     @property
     def offloads_optimizer(self) -> bool:
@@ -136,10 +148,10 @@ class ZeroConfig(Section):
         return min(self.reduce_bucket_size, self.allgather_bucket_size)
 
 
-def _uneven(name: str, size: int, ranks: int) -> list[Problem]:
-    """The problem with a group size that does not divide the number of ranks."""
+def _uneven(name: str, size: int, ranks: int, what: str) -> list[Problem]:
+    """The problem with a group size that does not divide the number of ranks, which are ``what``."""
     if ranks % size == 0:
         return []
     divisors = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
     found = f"{size} x {ranks // size} = {size * (ranks // size)}" if size < ranks else f"{size} > {ranks}"
-    return [Problem(name, f"found {size}, which does not divide {ranks} data-parallel ranks ({found}); set it to {divisors}.")]
+    return [Problem(name, f"found {size}, which does not divide {ranks} {what} ({found}); set it to {divisors}.")]

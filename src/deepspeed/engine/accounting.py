@@ -16,7 +16,8 @@ def measure_model_states(
 ) -> ModelStateBytes:
     """Bytes of parameters, gradients, fp32 masters and optimizer states on this rank; each storage counts once."""
     seen: set[int] = set()
-    parameters = _bytes([*module.parameters(), *model.trained.slices, *model.frozen.slices], seen)
+    second = [part.second for unit in model.scopes.fetcher.units for part in unit.parts if part.second is not None]
+    parameters = _bytes([*module.parameters(), *model.trained.slices, *model.frozen.slices, *second], seen)
     if optimizer is None:
         return ModelStateBytes(parameters=parameters, gradients=0, master=0, optimizer=0)
     gradients = _bytes([t for kept in (True, False) for t in optimizer.reducer.buffers(kept=kept)], seen)

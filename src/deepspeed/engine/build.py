@@ -165,6 +165,13 @@ def shard_groups(config: DeepSpeedConfig, communicator: Communicator) -> ShardGr
     return ShardGroups.of_size(communicator, size) if size > 0 else ShardGroups.whole(communicator)
 
 
+def fetch_groups(config: DeepSpeedConfig, groups: ShardGroups) -> ShardGroups:
+    """The groups of ranks over which units are fetched. Called on all ranks."""
+    nearby = config.zero_optimization.zero_hpz_partition_size
+    fetching = groups.duplicate()
+    return fetching.with_second_copy(nearby) if nearby > 1 else fetching
+
+
 @dataclass(frozen=True)
 class OptimizerRequest:
     """What the user asked to optimize with: a client optimizer or a callable, or parameters for the configured one."""
@@ -198,7 +205,7 @@ def shard_model(
     options = optimizer.param_groups if optimizer is not None else []
     groups = shard_groups(config, communicator)
     layout = build_layout(module, named, options, config=config, precision=precision, ranks=groups.shards.size)
-    fetching = groups.duplicate() if layout.plan.names else groups
+    fetching = fetch_groups(config, groups) if layout.plan.names else groups
     tiers = on_all_ranks(lambda: open_tiers(config), communicator, what="deepspeed.initialize")
     model = move_in(module, layout, groups, fetching, fetch_limits(config), tiers)
     moved = {id(p) for flat in (model.trained, model.frozen) for p in flat.parameters.values()}

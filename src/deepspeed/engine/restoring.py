@@ -190,7 +190,7 @@ def _of_another_optimizer(reader: CheckpointReader, optimizer: ShardedOptimizer)
 @torch.no_grad()
 def _install(engine: EngineInformation, reader: CheckpointReader, plan: _Plan, request: LoadRequest) -> None:
     optimizer, index = engine.optimizer, reader.index
-    engine.sharded_model.scopes.fetcher.release_idle()
+    engine.sharded_model.scopes.settle()
     if optimizer is not None:
         optimizer.zero_grad()
     if request.load_module is not None:

@@ -17,8 +17,8 @@ estimates derive from it; none of them computes an offset of its own.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 
@@ -173,6 +173,14 @@ class FlatLayout:
         buckets.sort(key=lambda bucket: bucket.completed_by)
         further = (_close(index, b.placements, self.shards) for index, b in enumerate(buckets, len(self.buckets)))
         return FlatLayout((*self.buckets, *further), self.shards)
+
+    def without(self, names: Collection[str]) -> FlatLayout:
+        """This layout with gaps where the parameters ``names`` were: the others stay where they are."""
+
+        def thinned(bucket: Bucket) -> Bucket:
+            return replace(bucket, placements=tuple(p for p in bucket.placements if p.spec.name not in names))
+
+        return FlatLayout(tuple(map(thinned, self.buckets)), self.shards)
 
     @cached_property
     def homes(self) -> Mapping[str, tuple[Bucket, Placement]]:

@@ -58,6 +58,9 @@ class Engine(Protocol):
     def submit(self, file: OpenFile, address: int, nbytes: int, offset: int, writing: bool) -> Running:
         """Begin to move ``nbytes`` between memory and ``file``."""
 
+    def register_memory(self, address: int, nbytes: int) -> bool:
+        """Prepare memory, which must live until ``close``, for many transfers; whether that has a use."""
+
     def close(self) -> None:
         """Complete what was submitted, then end the threads."""
 

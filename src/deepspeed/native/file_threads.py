@@ -135,6 +135,10 @@ class ThreadedFileEngine:
             self._pool.submit(transfer.run)
         return transfer
 
+    def register_memory(self, address: int, nbytes: int) -> bool:
+        """There is nothing to prepare."""
+        return False
+
     def close(self) -> None:
         """Complete what was submitted and end the threads."""
         self._pool.shutdown(wait=True)

@@ -60,7 +60,8 @@ class FileQueue:
         self._process = os.getpid()
         # What has ended badly stays here until it is waited for; what runs stays, for its tensor must not be freed.
         self._pending: set[FileTransfer] = set()
-        self._end = weakref.finalize(self, _end_in, self._process, self._engine, self._pending)
+        self._registered: list[Tensor] = []
+        self._end = weakref.finalize(self, _end_in, self._process, self._engine, self._pending, self._registered)
 
     def open(
         self, path: str | os.PathLike[str], *, nbytes: int | None = None, writable: bool = True, direct: bool = True
@@ -72,12 +73,24 @@ class FileQueue:
         """
         return File(self, os.fspath(path), nbytes=nbytes, writable=writable, direct=direct)
 
+    def register(self, tensor: Tensor) -> bool:
+        """Have the kernel pin the memory of ``tensor`` (contiguous, on CPU, at most 1 GiB) once instead of at each transfer;
+        for buffers that are used again and again. Whether it did: only io_uring can, within ``ulimit -l``, for 64 tensors.
+        The memory is kept until the queue is closed."""
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise ValueError(f"the tensor is on {tensor.device} with strides {tensor.stride()}; pass a contiguous one on cpu")
+        done = self._end.alive and self._engine.register_memory(tensor.data_ptr(), tensor.nbytes)
+        if done:
+            self._registered.append(tensor.detach())
+        return done
+
     def close(self) -> None:
         """Complete what was submitted and end the threads. Raises the error of a transfer that failed and was never
         waited for."""
         if not self._end.alive:
             return
         self._end()
+        self._registered.clear()
         failed = [transfer for transfer in self._pending if transfer.done]
         self._pending.clear()
         for transfer in failed:
@@ -110,8 +123,8 @@ class FileQueue:
         return transfer
 
 
-def _end_in(process: int, engine: Engine, pending: set[FileTransfer]) -> None:
-    """Close the engine, in the process that has its threads; ``pending`` keeps memory and files alive until then."""
+def _end_in(process: int, engine: Engine, pending: set[FileTransfer], registered: list[Tensor]) -> None:
+    """Close the engine, in the process that has its threads; the others keep memory and files alive until then."""
     if os.getpid() == process:
         engine.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from . import adagrad, adam, lamb, lion
+from ..native.documented import COMPATIBLE_OPS as __compatible_ops__
+from . import adagrad, adam, aio, lamb, lion, op_builder
 
-__all__ = ["adagrad", "adam", "lamb", "lion"]
+__all__ = ["__compatible_ops__", "adagrad", "adam", "aio", "lamb", "lion", "op_builder"]

@@ -238,7 +238,7 @@ class ModuleSharder:
     def _refuse_touches(self) -> None:
         self._incomplete.clear()
         for unit in list(self._constructed_in):
-            unit.refuse_touches()
+            unit.retire()
 
     def _dtype_of(self, parameter: nn.Parameter) -> torch.dtype:
         return self._dtype if self._dtype is not None and parameter.is_floating_point() else parameter.dtype

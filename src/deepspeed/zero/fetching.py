@@ -7,7 +7,7 @@ What nobody holds is released, unless it is expected again soon, or was fetched 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .order import END, FetchOrder
@@ -33,14 +33,20 @@ class UnitFetcher:
 
     def __init__(self, units: Sequence[ParameterUnit], limits: FetchLimits):
         self.units = tuple(units)
+        self.live_numel = sum(unit.numel for unit in units if unit.state is not UnitState.SHARDED)
+        """Elements of the units that have memory for all of them now."""
         self.most_live_numel = 0
         self._limits = limits
         self._order = FetchOrder()
-
-    @property
-    def live_numel(self) -> int:
-        """Elements of the units that have memory for all of them now."""
-        return sum(unit.numel for unit in self.units if unit.state is not UnitState.SHARDED)
+        # Those to have before they are needed, nearest first, and what is to join them: good as long as guesses are right
+        # and nobody releases one of them.
+        self._ahead: dict[ParameterUnit, None] = {}
+        self._ahead_numel = 0
+        self._beyond: Iterator[ParameterUnit] = iter(())
+        self._next: ParameterUnit | None = None
+        self._ahead_holds = False
+        for unit in units:
+            unit.on_memory = self._on_memory
 
     def hold(self, units: Iterable[ParameterUnit]) -> None:
         """Make ``units`` whole until ``let_go``, and start to fetch what is expected next."""
@@ -58,11 +64,12 @@ class UnitFetcher:
             unit.finish_fetch()
 
     def let_go(self, units: Iterable[ParameterUnit]) -> None:
-        """Take back a ``hold``; what nobody holds any more is released, or set aside where it is expected."""
+        """Take back a ``hold``; what nobody holds any more is released, or set aside where it is expected or would be fetched
+        ahead again."""
         for unit in units:
             unit.holds -= 1
             if not unit.holds:
-                unit.set_aside() if self._is_expected(unit) else unit.release()
+                unit.set_aside() if unit in self._ahead or self._is_expected(unit) else unit.release()
 
     def end_backward(self) -> None:
         """Release what nobody holds: its values are about to change."""
@@ -75,8 +82,20 @@ class UnitFetcher:
             if not unit.holds:
                 unit.release()
 
+    def _on_memory(self, unit: ParameterUnit, change: int) -> None:
+        """``unit`` was given memory for so many elements, or lost it."""
+        self.live_numel += change
+        if change < 0 and unit in self._ahead:
+            self._ahead_holds = False
+
     def _record(self, index: int) -> None:
         guess = self._order.record(index)
+        first = next(iter(self._ahead), None)
+        if guess == index and first is not None and first.index == index:
+            del self._ahead[first]
+            self._ahead_numel -= first.numel
+        else:
+            self._ahead_holds = False
         if self._limits.log_misses and guess not in (None, index):
             logger.warning("stage 3 expected %s to come next, and %s did", self._said(guess), self._said(index))
 
@@ -84,31 +103,38 @@ class UnitFetcher:
         return "the end of backward" if index == END else f"'{self.units[index].name}'"
 
     def _fetch_ahead(self) -> None:
-        """Start to fetch what is expected next, and release what was fetched in vain."""
-        live = [unit for unit in self.units if unit.state is not UnitState.SHARDED]
-        ahead = self._expected(sum(unit.numel for unit in live))
-        for unit in live:
-            if not unit.holds and unit not in ahead and not self._is_expected(unit):
-                unit.release()
-        for unit in ahead:
+        """Start to fetch what is expected next. Where that is what was expected before, there is only more of it at the far
+        end; else begin anew, and release what was fetched in vain."""
+        if self._ahead_holds:
+            joining = self._extend_ahead()
+        else:
+            self._ahead, self._ahead_numel, self._ahead_holds = {}, 0, True
+            self._beyond = (self.units[index] for index in self._order.upcoming())
+            self._next = next(self._beyond, None)
+            joining = self._extend_ahead()
+            idle = (unit for unit in self.units if unit.state is not UnitState.SHARDED and not unit.holds)
+            for unit in idle:
+                if unit not in self._ahead and not self._is_expected(unit):
+                    unit.release()
+        for unit in joining:
             unit.start_fetch()
         self.most_live_numel = max(self.most_live_numel, self.live_numel)
 
-    def _expected(self, live_numel: int) -> list[ParameterUnit]:
-        """The units to have before they are needed, nearest first, as far as the limits allow."""
-        ahead: list[ParameterUnit] = []
-        ahead_numel = 0
-        for index in self._order.upcoming():
-            unit = self.units[index]
-            ahead_numel += unit.numel
-            if not self._limits.ahead or unit in ahead or (ahead and ahead_numel > self._limits.ahead):
+    def _extend_ahead(self) -> list[ParameterUnit]:
+        """Let units join those to have before they are needed, as far as the limits allow."""
+        joining, live_numel = [], self.live_numel
+        while (unit := self._next) is not None and self._limits.ahead and unit not in self._ahead:
+            if self._ahead and self._ahead_numel + unit.numel > self._limits.ahead:
                 break
             if unit.state is UnitState.SHARDED:
                 live_numel += unit.numel
                 if live_numel > self._limits.live:
                     break
-            ahead.append(unit)
-        return ahead
+            self._ahead[unit] = None
+            self._ahead_numel += unit.numel
+            self._next = next(self._beyond, None)
+            joining.append(unit)
+        return joining
 
     def _make_room(self, wanted: ParameterUnit) -> None:
         """Release what nobody holds and is needed last, until ``wanted`` has room among what may be live."""

@@ -212,6 +212,7 @@ class _Home:
 
     def set_parameter(self, param: nn.Parameter, whole: Tensor) -> None:
         """Give the model the value ``whole``, rounded to its dtype."""
+        self.optimizer.flat.settle()
         with self.chunk.changing():
             self.set_own_part(self.optimizer.flat.own_slice(self.bucket), self.part_of(whole))
         if param.numel():

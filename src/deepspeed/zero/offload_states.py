@@ -42,6 +42,9 @@ class OffloadedStates:
         fetcher.release_idle()
         if self._optimizer is not None and States.lp_grads in states:
             self._optimizer.reducer.free_idle()
+        if States.lp_params in states:
+            for unit in fetcher.units:
+                unit.forget_second_copy(free=True)
         away = self._presence.away | frozenset(states)
         staying = {id_of(s) for state in frozenset(States) - away for s in _storages(self._tensors(state))}
         for storage in _storages(tensor for state in away for tensor in self._tensors(state)):

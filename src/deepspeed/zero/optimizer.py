@@ -14,9 +14,8 @@ parameters have taken different steps (:mod:`deepspeed.optim.segments`).
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,6 @@ from torch import Tensor
 from ..comm.communicator import Communicator
 from ..comm.operations import Pending
 from ..memory.layout import Bucket
-from ..memory.tiers import Evictable
 from ..optim.loss_scaling import LossScaler
 from ..optim.segments import FlatShard, Segments
 from ..optim.sharding import ShardUpdate, make_stepper
@@ -34,8 +32,8 @@ from .offload import DeepSpeedZeRoOffload
 from .parameters import FlatParameters
 from .policy import ZeroPolicy
 from .reducer import GradientReducer
+from .streaming import in_turn, move_with_masters
 from .summary import GradientSummary, summarize
-from .tiers import elementwise
 from .unfreezing import FrozenParameters, unfreeze
 
 logger = logging.getLogger("DeepSpeed")
@@ -86,7 +84,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         self.shards = tuple(FlatShard(flat.masters[bucket.index], bucket, flat.shard) for bucket in flat.layout.buckets)
         self._given = [group["params"] for group in optimizer.param_groups]
         self.segments = Segments(optimizer, self.shards)
-        self.hold_states(self.shards)
+        move_with_masters(self, self.shards)
         self._stepper = make_stepper(self.segments, reducer.groups.shards)
 
     # -- the inner optimizer's face; class-level so that wrappers without our __dict__ keep it -----------------------
@@ -229,12 +227,6 @@ class ShardedOptimizer(DeepSpeedOptimizer):
             group["params"] = parameters
         self.shards = ()
 
-    def hold_states(self, shards: Iterable[FlatShard]) -> None:
-        """Let states and gradients of ``shards``, which have come to the segments, move with the masters."""
-        for shard in shards:
-            chunk = self.flat.chunks[shard.bucket.index]
-            chunk.include(functools.partial(self._below_memory, shard))
-
     # -- steps of the step -------------------------------------------------------------------------------------------
 
     def _agree(self) -> GradientSummary:
@@ -275,27 +267,9 @@ class ShardedOptimizer(DeepSpeedOptimizer):
             if not self._overlap:
                 gathers.pop().wait()
 
-        self._stepper.step(self._streamed(updates), gradient_scale=gradient_scale, finished=gather)
+        self._stepper.step(in_turn(updates, self.flat, self.reducer), gradient_scale=gradient_scale, finished=gather)
         for pending in gathers:
             pending.wait()
-
-    def _streamed(self, updates: Sequence[ShardUpdate]) -> Iterator[ShardUpdate]:
-        """``updates``, each while its chunk is in memory: the next one is read and the last one is written meanwhile."""
-        tiers = self.flat.tiers
-        chunks = [self.flat.chunks[update.shard.bucket.index] for update in updates]
-        try:
-            for index, update in enumerate(updates):
-                for chunk in chunks[index : index + 1 + tiers.ahead]:
-                    chunk.start_fetch()
-                chunks[index].fetch()
-                yield update
-                self.reducer.consume(update.shard.bucket)
-                chunks[index].start_evict()
-                if index >= tiers.behind:
-                    chunks[index - tiers.behind].evict()
-        finally:
-            for chunk in chunks:
-                chunk.evict()
 
     def _refuse_from_disk(self, name: str) -> None:
         if self.flat.tiers.states is not None:
@@ -303,14 +277,6 @@ class ShardedOptimizer(DeepSpeedOptimizer):
                 f"{name} would have the optimizer's states, which lie on a disk, in memory at once: use save_checkpoint and "
                 "load_checkpoint of the engine"
             )
-
-    def _below_memory(self, shard: FlatShard) -> list[Evictable]:
-        if not self.shards:  # the engine was destroyed, and the model kept its slices
-            return []
-        states = (self.optimizer.state.get(segment.tensor, {}) for segment in self.segments.of(shard))
-        file = self.flat.state_tiers[shard.bucket.index]
-        mine = [] if file is None else [file.evictable(tensor) for tensor in elementwise(states)]
-        return mine + self.reducer.below_memory(shard.bucket)
 
     def _gradients(self) -> Iterable[tuple[FlatShard, tuple[Bucket, Tensor]]]:
         return zip(self.shards, self.reducer.gradients(), strict=True)

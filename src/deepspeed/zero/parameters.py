@@ -6,7 +6,7 @@ copies. Where the optimizer works on another dtype than the model, a *master* co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +16,6 @@ from ..comm.communicator import Communicator
 from ..comm.operations import DONE, Pending
 from ..memory.layout import Bucket, FlatLayout, Placement
 from ..memory.tiers import Chunk, Evictable, FileTier
-from ..native.files import FileTransfer
 from . import released
 from .presence import Presence
 from .tiers import IN_MEMORY, Tiers
@@ -142,11 +141,17 @@ class FlatParameters:
         self.masters = list(self.slices)
 
     def drop(self, bucket: Bucket) -> None:
-        """Free the slice of a unit's ``bucket``, whose parameters have all left."""
+        """Free the memory of a unit's ``bucket``, whose parameters have all left."""
         tier = self.parameter_tiers[bucket.index]
         if tier is not None:
             tier.forget(self.slices[bucket.index])
-        self.slices[bucket.index] = self.masters[bucket.index] = self.slices[bucket.index].new_empty(0)
+        nothing = self.slices[bucket.index].new_empty(0)
+        self.buffers[bucket.index] = self.slices[bucket.index] = self.masters[bucket.index] = nothing
+
+    def lose(self, names: Collection[str]) -> None:
+        """Have gaps where the parameters ``names`` were, which are elsewhere now."""
+        self.layout = self.layout.without(names)
+        self.parameters = {name: p for name, p in self.parameters.items() if name not in names}
 
     def own_slice(self, bucket: Bucket) -> Tensor:
         """This shard's slice of the bucket, in the model's dtype."""
@@ -155,14 +160,6 @@ class FlatParameters:
     def keeps_apart(self, bucket: Bucket) -> bool:
         """Whether the slice is not a part of the whole buffer."""
         return bucket.unit is not None and (bucket.shards > 1 or self.parameter_tiers[bucket.index] is not None)
-
-    def start_copy(self, bucket: Bucket, target: Tensor) -> FileTransfer | None:
-        """Begin to copy a unit's slice to ``target``; None where it is there already."""
-        tier = self.parameter_tiers[bucket.index]
-        if tier is None:
-            target.copy_(self.own_slice(bucket))
-            return None
-        return tier.evictable(self.own_slice(bucket)).start_copy(target)
 
     def has_separate_master(self, bucket: Bucket) -> bool:
         """Whether the bucket's master is a tensor of its own."""
@@ -177,7 +174,7 @@ class FlatParameters:
         """Take this shard's part of the values that ``parameter``, of ``bucket``, has now into slice and master."""
         self.presence.require(f"a change of {bucket.label}")
         for fragment in bucket.fragments(self.shard):
-            if self.parameters[fragment.spec.name] is parameter:
+            if self.parameters.get(fragment.spec.name) is parameter:
                 start = fragment.parameter_start
                 values = parameter.detach().reshape(-1)[start : start + fragment.numel]
                 with self.chunks[bucket.index].changing():
@@ -225,6 +222,7 @@ class FlatParameters:
 
     def parameters_from_masters(self, communicator: Communicator) -> None:
         """Overwrite the model's values with the masters, gathered from all shards."""
+        self.settle()
         for bucket in self.layout.buckets:
             if self.has_separate_master(bucket):
                 with self.chunks[bucket.index].changing():

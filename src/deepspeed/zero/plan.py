@@ -38,15 +38,17 @@ class UnitLimits:
 class UnitPlan:
     """``names[i]`` is the module of unit i, ``unit_of`` the unit of each parameter that has one, by the parameter's first
     name. ``needs`` says which units each module (by name) computes with, of those that have units inside: a block all that
-    is inside it, any other module its own parameters, which may be none."""
+    is inside it, any other module its own parameters, which may be none. ``gives_homes`` says whether each parameter is to
+    have a home, a unit or another, from which ``GatheredParameters`` knows it."""
 
     names: tuple[str, ...]
     unit_of: Mapping[str, int]
     needs: Mapping[str, tuple[int, ...]]
+    gives_homes: bool = True
 
 
-WHOLE = UnitPlan((), {}, {})
-"""The plan without units: every parameter is whole on every rank."""
+WHOLE = UnitPlan((), {}, {}, gives_homes=False)
+"""The plan of what is not sharded: every parameter is whole on every rank, and all write it alike."""
 
 
 def plan_units(module: nn.Module, numel_of: Callable[[nn.Parameter], int], limits: UnitLimits) -> UnitPlan:

@@ -21,10 +21,10 @@ buffer. It counts in the next reduction of its bucket; the optimizer asks for on
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ class GradientReducer:
         self._pool = BufferPool()
         self._in_flight: deque[_Reduction] = deque()
         self._waiting: list[_BucketGradient] = []
-        self._by_unit = any(bucket.unit is not None for bucket in layout.buckets)
+        self._by_unit = False
         self._reducing = False
         self._reduced = False
         self.presence = Presence()
@@ -257,13 +257,13 @@ class GradientReducer:
         self, buckets: Sequence[Bucket], parameters: Mapping[str, nn.Parameter]
     ) -> list[tuple[Arrival, nn.Parameter]]:
         self._parameters = {**self._parameters, **parameters}
+        self._by_unit = self._by_unit or any(bucket.unit is not None for bucket in buckets)
         collected = []
         for bucket in buckets:
             state = _BucketGradient(bucket, tier=self._tier_of(bucket) if self.policy.shard_gradients else None)
             self._buckets.append(state)
             for placement in state.bucket.placements:
-                parameter = parameters[placement.spec.name]
-                arrival = Arrival(functools.partial(self._receive, state, placement))
+                parameter, arrival = parameters[placement.spec.name], Arrival(partial(self._receive, state, placement))
                 # torch refuses the hook to a parameter that is frozen at the moment, but it lives through a freeze.
                 trained, parameter.requires_grad = parameter.requires_grad, True
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(arrival))

@@ -87,6 +87,8 @@ class ModuleScopes:
         """Let go of what backwards hold, and expect no more of them: the parameters are about to change."""
         self.end_backward()
         self._to_come.clear()
+        for unit in self.fetcher.units:
+            unit.forget_second_copy()
 
     def entered(self, backward: _Backward, units: Sequence[ParameterUnit]) -> None:
         """``backward`` has come to ``units``."""

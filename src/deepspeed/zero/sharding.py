@@ -96,7 +96,7 @@ class ShardedModel:
                 home.give_up(parameter)
                 Replica(parameter, groups.everyone)
         if self.fetching is not self.groups:
-            self.fetching.shards.close()
+            self.fetching.close()
 
 
 def move_in(
@@ -128,10 +128,10 @@ def move_in(
                 part = UnitPart(flat, bucket)
                 part.release()
                 parts[bucket.unit].append(part)
-            elif layout.plan.names:
+            elif layout.plan.gives_homes:
                 for placement in bucket.placements:
                     Resident(flat.parameters[placement.spec.name], flat, bucket, communicator)
-    if layout.plan.names:
+    if layout.plan.gives_homes:
         _replicate([p for p in named.values() if home_of(p) is None], communicator)
     units = [ParameterUnit(index, name, parts[index], fetching) for index, name in enumerate(layout.plan.names)]
     modules = dict(module.named_modules())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,6 @@ from .. import native
 from ..accelerator import get_accelerator
 from ..memory.layout import Bucket
 from ..memory.tiers import Evictable, FileTier
-from ..native.file_engine import QueueOptions
 
 if TYPE_CHECKING:
     from ..config import DeepSpeedConfig
@@ -70,11 +69,14 @@ IN_MEMORY = Tiers()
 def open_tiers(config: DeepSpeedConfig) -> Tiers:
     """The files of the states that are to lie in files, one for each directory. OSError where one cannot be made."""
     parameters, states = config.zero_optimization.offload_param, config.zero_optimization.offload_optimizer
+    # Imported here: who shards models without files does not pay for pydantic.
+    from ..memory.files import queue_options
+
     files: dict[str, FileTier] = {}
     for offload in (parameters, states):
         path = offload.nvme_path
         if offload.device == "nvme" and path is not None and path not in files:
-            files[path] = FileTier(Path(path), QueueOptions(**{name: getattr(config.aio, name) for name in _QUEUE_OPTIONS}))
+            files[path] = FileTier(Path(path), queue_options(config.aio))
     return Tiers(
         parameters=files.get(parameters.nvme_path or "") if parameters.device == "nvme" else None,
         states=files.get(states.nvme_path or "") if states.device == "nvme" else None,
@@ -83,9 +85,6 @@ def open_tiers(config: DeepSpeedConfig) -> Tiers:
         ahead=states.reads_ahead,
         behind=states.writes_behind,
     )
-
-
-_QUEUE_OPTIONS = tuple(option.name for option in fields(QueueOptions))
 
 
 def refuse_other_devices(config: DeepSpeedConfig) -> None:

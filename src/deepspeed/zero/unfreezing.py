@@ -3,7 +3,8 @@
 A frozen parameter has no place in the layout: no master, no gradient buffer, no optimizer state. Where autograd gives it a
 gradient nevertheless (``requires_grad_(True)`` between two steps) that waits in its ``grad`` for the step, as in plain
 PyTorch. There all ranks learn of it in the agreement that precedes the step, lay it out in buckets behind the others, and
-reduce its gradient with the late ones; from then on it is a parameter as any other.
+reduce its gradient with the late ones; from then on it is a parameter as any other. One that stage 3 has sharded moves
+within its unit, from the slice of what is only sharded to one with a master.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import nn
 
 from ..memory.layout import ParameterSpec
 from ..optim.segments import FlatShard
-from .released import home_of
-from .units import ParameterUnit
+from .released import home_of, shape_of
+from .streaming import move_with_masters
+from .units import ParameterUnit, Resident, UnitPart
 
 if TYPE_CHECKING:
     from .optimizer import ShardedOptimizer
@@ -44,7 +46,16 @@ class FrozenParameters:
         """The parameters ``names``, in the model's order, with their specifications; they wait no longer."""
         taken = [(name, self.waiting.pop(name)) for name in list(self.waiting) if name in names]
         return [
-            (ParameterSpec(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), self._group_of[id(p)]), p)
+            (
+                ParameterSpec(
+                    name,
+                    tuple(shape_of(p)),
+                    str(p.dtype).removeprefix("torch."),
+                    group=self._group_of[id(p)],
+                    unit=home.index if isinstance(home := home_of(p), ParameterUnit) else None,
+                ),
+                p,
+            )
             for name, p in taken
         ]
 
@@ -70,19 +81,24 @@ class FrozenParameters:
 def unfreeze(optimizer: ShardedOptimizer, names: Collection[str]) -> None:
     """Lay out the waiting parameters ``names`` behind the others, with masters and, at their first step, optimizer states
     of their own. The gradients that they have count in the next reduction. Called on all ranks with the same names."""
-    sharded = [name for name in names if isinstance(home_of(optimizer.frozen.waiting[name]), ParameterUnit)]
-    if sharded:
-        raise RuntimeError(
-            f"{', '.join(sharded[:5])} was frozen when deepspeed.initialize sharded it by ZeRO stage 3, and has no master "
-            "weights: unfreeze it before deepspeed.initialize"
-        )
     taken = optimizer.frozen.take(names)
     parameters = {spec.name: parameter for spec, parameter in taken}
+    homes = {name: home for name, p in parameters.items() if (home := home_of(p)) is not None}
+    units = {home.index: home for home in homes.values() if isinstance(home, ParameterUnit)}
+    left = {id(part.flat): part.flat for unit in units.values() for part in unit.parts if part.flat is not optimizer.flat}
     flat, known = optimizer.flat, len(optimizer.shards)
     layout = flat.layout.extended([spec for spec, _ in taken], bucket_numel=optimizer.frozen.bucket_numel)
     flat.extend(layout, parameters, optimizer.communicator)
     buckets = layout.buckets[known:]
+    for other in left.values():
+        other.lose(parameters.keys())
+    for bucket in buckets:
+        if bucket.unit is not None:
+            units[bucket.unit].add(UnitPart(flat, bucket))
+        elif homes:
+            for placement in bucket.placements:
+                Resident(flat.parameters[placement.spec.name], flat, bucket, optimizer.communicator)
     optimizer.reducer.extend(buckets, parameters)
     optimizer.segments.extend([FlatShard(flat.masters[bucket.index], bucket, flat.shard) for bucket in buckets])
     optimizer.shards = optimizer.segments.shards
-    optimizer.hold_states(optimizer.shards[known:])
+    move_with_masters(optimizer, optimizer.shards[known:])

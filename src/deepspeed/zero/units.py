@@ -4,6 +4,8 @@ The nouns:
 
 - *part*: the unit's parameters of one optimizer group and dtype: a bucket of a flat layout. Each rank keeps its *slice*
   of it for good; the *whole* buffer has memory only while the unit is not sharded.
+- *second slice*: with a second copy (ZeRO++ hpZ) a rank also keeps its slice among the ranks nearby of what was gathered
+  last. While the values are the same, the unit is gathered from there.
 - *view*: a parameter's place in the whole buffer. When the unit is whole, it is the parameter's memory.
 
 The buffer's storage is resized, not replaced: what autograd saved of a parameter in forward (a transposed view, say)
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
+from functools import partial
 from typing import NoReturn, Protocol
 
 import torch
@@ -32,6 +35,9 @@ from .presence import OffloadStateTypeEnum
 
 OnTouch = Callable[["ParameterUnit", nn.Parameter, str], None]
 """Makes a released parameter of a unit whole for an operation (its name), or raises."""
+
+OnMemory = Callable[["ParameterUnit", int], None]
+"""Hears of so many elements more, or fewer, that have memory."""
 
 
 class Constructor(Protocol):
@@ -59,6 +65,7 @@ class UnitPart:
     def __init__(self, flat: FlatParameters, bucket: Bucket):
         self.flat = flat
         self.bucket = bucket
+        self.second: Tensor | None = None
         self.views: list[tuple[nn.Parameter, Tensor]] = [
             (flat.parameters[place.spec.name], flat.view(bucket, place).view(place.spec.shape))
             for place in bucket.placements
@@ -74,18 +81,36 @@ class UnitPart:
         """The buffer (1-D)."""
         return self.flat.buffers[self.bucket.index]
 
-    def start_fetch(self, communicator: Communicator, *, tag: int, purpose: str) -> Pending:
-        """Begin to gather the whole buffer, under a tag of its unit's."""
+    def start_fetch(self, communicator: Communicator, *, tag: int, purpose: str, second: bool = False) -> Pending:
+        """Begin to gather the whole buffer from ``communicator``'s slices, under a tag of its unit's: the ranks' own ones, or
+        the second ones."""
         self.flat.presence.require(f"the {purpose}", OffloadStateTypeEnum.lp_params)
         if not self.flat.keeps_apart(self.bucket):
             return DONE
         self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
-        reading = self.flat.start_copy(self.bucket, self.whole[self.bucket.slice_range(self.flat.shard)])
+        target = self.whole.chunk(communicator.size)[communicator.rank]
+        if second:
+            assert self.second is not None, "a second slice is gathered after keep_second"
+            target.copy_(self.second)
+        reading = None if second else self._start_copy(target)
 
         def gather() -> Pending:
             return communicator.all_gather(self.whole, tag=tag, purpose=purpose)
 
         return gather() if reading is None else _GatherOfRead(reading, gather)
+
+    def keep_second(self, nearby: Communicator) -> None:
+        """Keep this rank's second slice of the buffer, which is whole."""
+        mine = self.whole.chunk(nearby.size)[nearby.rank]
+        self.second = mine.clone() if self.second is None else self.second.copy_(mine)
+
+    def _start_copy(self, target: Tensor) -> FileTransfer | None:
+        """Begin to copy the slice to ``target``; None where it is there already."""
+        own, tier = self.flat.own_slice(self.bucket), self.flat.parameter_tiers[self.bucket.index]
+        if tier is not None:
+            return tier.evictable(own).start_copy(target)
+        target.copy_(own)
+        return None
 
     def expose(self) -> None:
         """Make the buffer the parameters' memory."""
@@ -117,31 +142,42 @@ class _GatherOfRead:
 
 
 class ParameterUnit:
-    """The parameters of ``parts``, which come released: all sharded or all whole. ``holds`` counts who needs it whole
-    now; ``on_touch`` is called for a parameter that is computed with while it is released, ``on_hold`` where the unit is
-    made whole by hand; ``freed`` is told of memory that ``let_go`` frees, outside of training steps. Released parameters
-    have the shape (0,) where ``shows_sizes`` is False, and else their own, for who asks."""
+    """The parameters of ``parts``, all sharded or all whole. ``holds`` counts who needs it whole now; ``on_touch`` is called
+    for a parameter that is computed with while it is released, ``on_hold`` where the unit is made whole by hand,
+    ``on_memory`` when the whole buffers get memory or lose it; ``freed`` is told of memory that ``let_go`` frees, outside of
+    training steps. Released parameters have the shape (0,) where ``shows_sizes`` is False, and else their own, for who
+    asks."""
 
     ranks_agree = True
 
     def __init__(self, index: int, name: str, parts: Sequence[UnitPart], groups: ShardGroups):
         self.index = index
         self.name = name
-        self.parts = tuple(parts)
-        self.numel = sum(part.bucket.numel for part in parts)
+        self.parts: tuple[UnitPart, ...] = ()
+        self.numel = 0
         self.state = UnitState.SHARDED
         self.holds = 0
         self.on_touch: OnTouch = refuse
         self.on_hold: Callable[[ParameterUnit], None] = lambda unit: None
         self.constructor: Constructor | None = None
+        self.on_memory: OnMemory = lambda unit, change: None
         self.freed: FreedMemory | None = None
         self.shows_sizes = False
         self._groups = groups
         self._pending: list[Pending] = []
+        self._has_second_copy = False
         for part in parts:
-            for parameter, view in part.views:
-                released.describe(parameter, self, shape=tuple(view.shape), shards=part.bucket.shards)
-                parameter.__dict__["ds_status"] = released.ZeroParamStatus.NOT_AVAILABLE
+            self.add(part)
+
+    def add(self, part: UnitPart) -> None:
+        """Take in ``part``, whose parameters are whole where the unit is, and released or whole where it is not."""
+        self.parts = (*self.parts, part)
+        self.numel += part.bucket.numel
+        self.forget_second_copy()
+        for parameter, view in part.views:
+            released.describe(parameter, self, shape=tuple(view.shape), shards=part.bucket.shards)
+        if self.state is UnitState.SHARDED:
+            part.release()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The unit's parameters."""
@@ -153,9 +189,13 @@ class ParameterUnit:
             if self.constructor is not None:
                 self.constructor.settle()
             tag, purpose = 1 + self.index, f"fetch of unit '{self.name}'"
+            nearby = self._groups.nearby if self._has_second_copy else None
+            second, group = nearby is not None, nearby or self._groups.shards
             with torch.no_grad():
-                self._pending = [part.start_fetch(self._groups.shards, tag=tag, purpose=purpose) for part in self.parts]
+                fetch = partial(UnitPart.start_fetch, communicator=group, tag=tag, purpose=purpose, second=second)
+                self._pending = [fetch(part) for part in self.parts]
             self.state = UnitState.FETCHED
+            self.on_memory(self, self.numel)
 
     def finish_fetch(self) -> None:
         """Make the unit whole."""
@@ -180,13 +220,20 @@ class ParameterUnit:
             for part in self.parts:
                 part.release()
             self.state = UnitState.SHARDED
+            self.on_memory(self, -self.numel)
+
+    def forget_second_copy(self, *, free: bool = False) -> None:
+        """Gather the values, which may change, anew from the ranks' own slices. ``free`` gives the memory up meanwhile."""
+        self._has_second_copy = False
+        for part in self.parts if free else ():
+            part.second = None
 
     # -- the face of a home (released.Home) ----------------------------------------------------------------------------
 
     def hold(self) -> None:
         """Make the unit whole until ``let_go``."""
-        self.holds += 1
         self.finish_fetch()
+        self.holds += 1
         self.on_hold(self)
 
     def let_go(self) -> None:
@@ -215,6 +262,7 @@ class ParameterUnit:
             purpose = f"broadcast of {self.describe(parameter)}"
             self._groups.everyone.broadcast(parameter.detach(), source=source, purpose=purpose).wait()
         part.flat.keep(parameter, part.bucket)
+        self.forget_second_copy()
 
     def give_up(self, parameter: nn.Parameter) -> None:
         """Leave ``parameter``, with the values that it has now, to another home."""
@@ -222,13 +270,9 @@ class ParameterUnit:
             part.views = [view for view in part.views if view[0] is not parameter]
             if not part.views:
                 part.flat.drop(part.bucket)
+        self.parts = tuple(part for part in self.parts if part.views)
+        self.numel = sum(part.bucket.numel for part in self.parts)
         released.forget(parameter)
-
-    def refuse_touches(self) -> None:
-        """From now on, computing with a parameter while it is released is an error."""
-        self.on_touch = refuse
-        self.on_hold = lambda unit: None
-        self.constructor = None
 
     def describe(self, parameter: nn.Parameter) -> str:
         """The parameter's name in the model and its shape."""
@@ -236,18 +280,26 @@ class ParameterUnit:
         name = next(name for name, mine in named if mine is parameter)
         return f"'{name}' {tuple(released.shape_of(parameter))}"
 
-    def retire(self, groups: ShardGroups) -> None:
-        """Leave the parameters sharded, as ``zero.Init`` does: no modules fetch them any more, ``groups`` gather."""
+    def retire(self, groups: ShardGroups | None = None) -> None:
+        """Leave the parameters sharded, as ``zero.Init`` does: no modules fetch them any more, and computing with a released
+        one is an error. From now on ``groups`` gather, where given."""
         if not self.holds:
             self.release()
-        self._groups = groups
-        self.refuse_touches()
+        self._groups = groups or self._groups
+        self.forget_second_copy(free=True)
+        self.on_touch = refuse
+        self.on_hold = lambda unit: None
+        self.constructor = None
         self.shows_sizes = True
 
     def _wait(self) -> None:
-        for pending in self._pending:
+        gathered, self._pending = self._pending, []
+        for pending in gathered:
             pending.wait()
-        self._pending.clear()
+        if gathered and self._groups.nearby is not None and not self._has_second_copy:
+            for part in self.parts:
+                part.keep_second(self._groups.nearby)
+            self._has_second_copy = True
 
 
 class Replica:

@@ -1,0 +1,51 @@
+"""The step's stream over chunks: the next one is read, and the last one is written, while one is stepped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ..memory.tiers import Evictable
+from ..optim.segments import FlatShard
+from ..optim.sharding import ShardUpdate
+from .parameters import FlatParameters
+from .reducer import GradientReducer
+from .tiers import elementwise
+
+if TYPE_CHECKING:
+    from .optimizer import ShardedOptimizer
+
+
+def move_with_masters(optimizer: ShardedOptimizer, shards: Iterable[FlatShard]) -> None:
+    """Let states and gradients of ``shards`` be where their masters are."""
+    for shard in shards:
+        optimizer.flat.chunks[shard.bucket.index].include(partial(_below_memory, optimizer, shard))
+
+
+def in_turn(updates: Sequence[ShardUpdate], flat: FlatParameters, reducer: GradientReducer) -> Iterator[ShardUpdate]:
+    """``updates``, each while its chunk is in memory. Whoever asks for the next is done with the last."""
+    ahead, behind = flat.tiers.ahead, flat.tiers.behind
+    chunks = [flat.chunks[update.shard.bucket.index] for update in updates]
+    try:
+        for index, update in enumerate(updates):
+            for chunk in chunks[index : index + 1 + ahead]:
+                chunk.start_fetch()
+            chunks[index].fetch()
+            yield update
+            reducer.consume(update.shard.bucket)
+            chunks[index].start_evict()
+            if index >= behind:
+                chunks[index - behind].evict()
+    finally:
+        for chunk in chunks:
+            chunk.evict()
+
+
+def _below_memory(optimizer: ShardedOptimizer, shard: FlatShard) -> list[Evictable]:
+    if not optimizer.shards:  # the engine was destroyed, and the model kept its slices
+        return []
+    states = (optimizer.state.get(segment.tensor, {}) for segment in optimizer.segments.of(shard))
+    file = optimizer.flat.state_tiers[shard.bucket.index]
+    mine = [] if file is None else [file.evictable(tensor) for tensor in elementwise(states)]
+    return mine + optimizer.reducer.below_memory(shard.bucket)
