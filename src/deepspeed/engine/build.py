@@ -217,7 +217,7 @@ def shard_model(
     frozen = FrozenParameters(dict(module.named_parameters()), options, bucket_numel=size)
     settings = reduction_settings(config, precision, ranks=communicator.size)
     policy = ZeroPolicy.for_stage(config.zero_optimization.stage)
-    below = GradientTier(tiers.states) if tiers.states is not None else None
+    below = GradientTier(tiers.states) if tiers.states is not None and policy.shard_gradients else None
     reducer = GradientReducer(
         layout.trained,
         named,

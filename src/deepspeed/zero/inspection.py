@@ -331,7 +331,8 @@ def _set_local_gradient(home: _Home, values: Tensor) -> None:
         )
     with home.chunk.changing():
         home.set_own_part(gradient, values * home.optimizer.loss_scale)
-        home.optimizer.reducer.changed(home.bucket)
+        if (tier := home.optimizer.reducer.tier_of(home.bucket)) is not None:
+            tier.changed(gradient)
     # A step leaves parameters alone that no backward reached; this one is to be stepped.
     home.optimizer.reducer.used.add(home.name)
 

@@ -32,7 +32,7 @@ from .offload import DeepSpeedZeRoOffload
 from .parameters import FlatParameters
 from .policy import ZeroPolicy
 from .reducer import GradientReducer
-from .streaming import in_turn, move_with_masters
+from .streaming import in_turn, move_with_masters, squared_norms
 from .summary import GradientSummary, summarize
 from .unfreezing import FrozenParameters, unfreeze
 
@@ -244,7 +244,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
 
     def _summarize(self) -> GradientSummary:
         return summarize(
-            self.reducer.squared_norms(),
+            squared_norms(self.reducer),
             late=self.reducer.late(),
             used=[name in self.reducer.used for name in self.flat.layout.homes],
             unfrozen=bool(self.frozen.unfrozen()),

@@ -30,12 +30,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .. import native
 from ..comm.operations import Converted, Pending
 from ..comm.sharding import ShardGroups
 from ..memory.layout import Bucket, FlatLayout, Placement
 from ..memory.pool import BufferPool
-from ..memory.tiers import Evictable
 from .arrivals import Arrival
 from .policy import ZeroPolicy
 from .presence import GRADIENTS, Presence
@@ -91,7 +89,8 @@ class _Reduction:
 
 
 class GradientReducer:
-    """Collects and reduces the gradients of ``parameters``, laid out by ``layout``."""
+    """Collects and reduces the gradients of ``parameters``, laid out by ``layout``. ``tier_of`` says of a
+    bucket where its reduced gradient lies below memory: only what is sharded can."""
 
     def __init__(
         self,
@@ -107,7 +106,7 @@ class GradientReducer:
         self.groups = groups
         self.settings = settings
         self.used: set[str] = set()
-        self._tier_of = tier_of
+        self.tier_of = tier_of
         self._parameters: Mapping[str, nn.Parameter] = {}
         self._buckets: list[_BucketGradient] = []
         self._hooks: list[RemovableHandle] = []
@@ -180,28 +179,6 @@ class GradientReducer:
             assert state.gradient is not None, "gradients() is called after finish()"
             yield state.bucket, state.gradient
 
-    def squared_norms(self) -> Iterator[tuple[float, bool]]:
-        """``native.squared_norm`` of each of ``gradients()``."""
-        for state, (_, gradient) in zip(self._buckets, self.gradients(), strict=True):
-            yield native.squared_norm(gradient) if state.tier is None else state.tier.squared_norm(gradient)
-
-    def below_memory(self, bucket: Bucket) -> list[Evictable]:
-        """What of the gradient of ``bucket`` lies below memory."""
-        state = self._buckets[bucket.index]
-        return [] if state.tier is None or state.gradient is None else [state.tier.evictable(state.gradient)]
-
-    def changed(self, bucket: Bucket) -> None:
-        """The gradient of ``bucket`` is not what the reduction left."""
-        state = self._buckets[bucket.index]
-        if state.tier is not None and state.gradient is not None:
-            state.tier.changed(state.gradient)
-
-    def consume(self, bucket: Bucket) -> None:
-        """Forget the gradient of ``bucket``: a step has used it."""
-        for evictable in self.below_memory(bucket):
-            evictable.drop()
-        self._buckets[bucket.index].gradient = None
-
     def gradient(self, bucket: Bucket) -> Tensor | None:
         """The reduced gradient of this shard's slice of ``bucket``, None before the first reduction of a step."""
         return self._buckets[bucket.index].gradient
@@ -260,7 +237,7 @@ class GradientReducer:
         self._by_unit = self._by_unit or any(bucket.unit is not None for bucket in buckets)
         collected = []
         for bucket in buckets:
-            state = _BucketGradient(bucket, tier=self._tier_of(bucket) if self.policy.shard_gradients else None)
+            state = _BucketGradient(bucket, tier=self.tier_of(bucket))
             self._buckets.append(state)
             for placement in state.bucket.placements:
                 parameter, arrival = parameters[placement.spec.name], Arrival(partial(self._receive, state, placement))

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from .. import native
+from ..memory.layout import Bucket
 from ..memory.tiers import Evictable
 from ..optim.segments import FlatShard
 from ..optim.sharding import ShardUpdate
@@ -23,6 +25,13 @@ def move_with_masters(optimizer: ShardedOptimizer, shards: Iterable[FlatShard]) 
         optimizer.flat.chunks[shard.bucket.index].include(partial(_below_memory, optimizer, shard))
 
 
+def squared_norms(reducer: GradientReducer) -> Iterator[tuple[float, bool]]:
+    """``native.squared_norm`` of each reduced gradient; of those below memory it is known."""
+    for bucket, gradient in reducer.gradients():
+        tier = reducer.tier_of(bucket)
+        yield native.squared_norm(gradient) if tier is None else tier.squared_norm(gradient)
+
+
 def in_turn(updates: Sequence[ShardUpdate], flat: FlatParameters, reducer: GradientReducer) -> Iterator[ShardUpdate]:
     """``updates``, each while its chunk is in memory. Whoever asks for the next is done with the last."""
     ahead, behind = flat.tiers.ahead, flat.tiers.behind
@@ -33,7 +42,8 @@ def in_turn(updates: Sequence[ShardUpdate], flat: FlatParameters, reducer: Gradi
                 chunk.start_fetch()
             chunks[index].fetch()
             yield update
-            reducer.consume(update.shard.bucket)
+            for evictable in _gradients_below(reducer, update.shard.bucket):
+                evictable.drop()
             chunks[index].start_evict()
             if index >= behind:
                 chunks[index - behind].evict()
@@ -48,4 +58,9 @@ def _below_memory(optimizer: ShardedOptimizer, shard: FlatShard) -> list[Evictab
     states = (optimizer.state.get(segment.tensor, {}) for segment in optimizer.segments.of(shard))
     file = optimizer.flat.state_tiers[shard.bucket.index]
     mine = [] if file is None else [file.evictable(tensor) for tensor in elementwise(states)]
-    return mine + optimizer.reducer.below_memory(shard.bucket)
+    return mine + _gradients_below(optimizer.reducer, shard.bucket)
+
+
+def _gradients_below(reducer: GradientReducer, bucket: Bucket) -> list[Evictable]:
+    tier, gradient = reducer.tier_of(bucket), reducer.gradient(bucket)
+    return [tier.evictable(gradient)] if tier is not None and gradient is not None else []
