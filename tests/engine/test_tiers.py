@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.parity import Training, assert_equal, generator, make_engine, train_engine
+import deepspeed
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_grad,
+    safe_set_full_optimizer_state,
+)
+from deepspeed.zero.released import home_of
+from tests.parity import Training, assert_equal, generator, make_engine, state_of, train_engine
 
 WIDTH = 12
 
@@ -118,3 +128,120 @@ def test_what_lies_on_the_disk_takes_no_memory(ranks, tmp_path):
     (half,) = ranks(1, bytes_in_memory, on_disk(tmp_path, "offload_optimizer", ratio=0.5), 2)
     (whole,) = ranks(1, bytes_in_memory, {}, 2)
     assert 0.3 < half["step"][2] / whole["step"][2] < 0.7
+
+
+EVERYTHING = ("offload_optimizer", "offload_param")
+
+
+def saved_and_resumed(tiered: Training, plain: Training, stage: int, folder: str) -> None:
+    """Two steps from a disk, saved; the rest by an engine in memory and by one from a disk."""
+    first = make_engine(tiered, stage)
+    rank, size = first.communicator.rank, first.communicator.size
+    for index in range(2):
+        step(first, index * size + rank, first.backward)
+        first.step()
+    first.save_checkpoint(folder, tag="two")
+    first.destroy()
+    results = []
+    for training_ in (tiered, plain):
+        engine = make_engine(training_, stage)
+        engine.load_checkpoint(folder)
+        for index in range(2, 4):
+            step(engine, index * size + rank, engine.backward)
+            engine.step()
+        results.append(state_of(engine.module))
+        engine.destroy()
+    expected = train_engine(plain, stage).weights
+    for result in results:
+        assert_equal(result, expected)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_checkpoints_are_saved_from_a_disk_and_loaded_to_it_and_to_memory(ranks, tmp_path, stage, mode):
+    sections = EVERYTHING[: stage - 1]
+    tiered = training(mode, **on_disk(tmp_path / "nvme", *sections))
+    ranks(2, saved_and_resumed, tiered, training(mode), stage, str(tmp_path / "checkpoints"))
+
+
+def inspected(tiered: Training) -> None:
+    engine = make_engine(tiered, 3)
+    step(engine, 0, engine.backward)
+    weight = engine.module.blocks[0][0].weight
+    gradient = safe_get_full_grad(weight)
+    safe_set_full_grad(weight, torch.zeros_like(gradient))
+    norm = float(torch.stack([safe_get_full_grad(p).norm() for p in engine.module.parameters()]).norm())
+    before = safe_get_full_fp32_param(weight)
+    engine.step()
+    assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-6) and gradient.any()
+    assert torch.equal(safe_get_full_fp32_param(weight), before * (1 - 1e-2 * 0.1))  # weight decay alone
+    assert not safe_get_full_optimizer_state(weight, "exp_avg").any()
+    safe_set_full_fp32_param(weight, torch.ones_like(before))
+    safe_set_full_optimizer_state(weight, torch.full_like(before, 0.5), "exp_avg")
+    assert safe_get_full_fp32_param(weight).eq(1).all() and safe_get_full_optimizer_state(weight, "exp_avg").eq(0.5).all()
+    with deepspeed.zero.GatheredParameters(weight, modifier_rank=0):
+        assert weight.eq(1).all()
+        weight.data.fill_(2)
+    assert safe_get_full_fp32_param(weight).eq(2).all()
+    with pytest.raises(RuntimeError, match=r"lie on a disk.*save_checkpoint"):
+        engine.optimizer.state_dict()
+    engine.destroy()
+    with deepspeed.zero.GatheredParameters(weight):
+        assert weight.eq(2).all()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_lies_on_a_disk_can_be_inspected_and_changed(ranks, tmp_path, size):
+    ranks(size, inspected, training("fp32", **on_disk(tmp_path, *EVERYTHING)))
+
+
+def constructed_on_disk(zero: dict[str, object]) -> list[int]:
+    config = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **zero}}
+    torch.manual_seed(3)
+    with deepspeed.zero.Init(config_dict_or_path=config, remote_device="nvme"):
+        model = Blocks()
+        model.enter.weight.data.mul_(2)
+    slices = [home_of(p).parts[0].flat.slices[0].untyped_storage().nbytes() for p in model.parameters()]
+    with deepspeed.zero.GatheredParameters(model):
+        torch.manual_seed(3)
+        expected = Blocks()
+        expected.enter.weight.data.mul_(2)
+        assert_equal(dict(model.named_parameters()), dict(expected.named_parameters()))
+    tiered = Training(lambda: model, step, steps=2, config={**MODES["fp32"], "zero_optimization": config["zero_optimization"]})
+    plain = Training(lambda: expected, step, steps=2, config={**MODES["fp32"], "zero_optimization": {"stage": 3}})
+    with_and_without(plain, tiered, 3)
+    return slices
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_model_is_constructed_on_the_disk(ranks, tmp_path, size):
+    for slices in ranks(size, constructed_on_disk, on_disk(tmp_path, *EVERYTHING)):
+        assert not any(slices)
+
+
+def refused(config: dict[str, Any]) -> str:
+    try:
+        make_engine(Training(Blocks, step, config=config), 2)
+    except (ValueError, OSError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"optimizer": {"type": "Lamb", "params": {"lr": 0.1}}}, "Lamb needs all its states at once"),
+        ({"nvme_path": "/proc/nowhere"}, "/proc/nowhere"),
+    ],
+    ids=str,
+)
+def test_what_cannot_lie_on_a_disk_is_an_error_on_every_rank(ranks, tmp_path, config, text):
+    path = config.pop("nvme_path", str(tmp_path))
+    zero = {"offload_optimizer": {"device": "nvme", "nvme_path": path}}
+    for found in ranks(2, refused, {**MODES["fp32"], "zero_optimization": zero, **config}):
+        assert text in found
+
+
+def test_nothing_is_left_on_the_disk(ranks, tmp_path):
+    ranks(2, with_and_without, training("fp32"), training("fp32", **on_disk(tmp_path, *EVERYTHING)), 3)
+    assert not list(tmp_path.iterdir())

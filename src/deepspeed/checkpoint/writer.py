@@ -7,6 +7,7 @@ are written over placeholders at the end.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -68,7 +69,8 @@ def write_pieces(path: Path, groups: Sequence[Pieces]) -> None:
         for group in groups:
             with group.present():
                 for name, piece in group.named.items():
-                    data = raw_bytes(piece.values())
+                    values = piece.values()
+                    data = raw_bytes(values)
                     sums[name] = f"{zlib.crc32(data):08x}"
                     file.write(data)
         file.seek(0)
@@ -76,10 +78,10 @@ def write_pieces(path: Path, groups: Sequence[Pieces]) -> None:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor."""
-    flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
-    data: memoryview = flat.numpy().data
-    return data
+    """The bytes of a contiguous CPU tensor, which must live as long as they are used. Not by ``numpy()``: torch would never
+    again free the memory of a tensor that keeps its place."""
+    nbytes = tensor.numel() * tensor.element_size()
+    return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def _header(groups: Sequence[Pieces], sums: Mapping[str, str]) -> bytes:
