@@ -75,12 +75,13 @@ def with_and_without(plain: Training, tiered: Training, stage: int) -> None:
     assert str(actual.norms) == str(expected.norms)  # a skipped step has NaN
 
 
+EVERYTHING = ("offload_optimizer", "offload_param")
 COMBINATIONS = [
     (1, ("offload_optimizer",)),
     (2, ("offload_optimizer",)),
     (3, ("offload_optimizer",)),
     (3, ("offload_param",)),
-    (3, ("offload_optimizer", "offload_param")),
+    (3, EVERYTHING),
 ]
 
 
@@ -102,6 +103,16 @@ def test_options_of_the_stream_change_no_bit(ranks, tmp_path, options):
     ranks(2, with_and_without, training("bf16"), tiered, 2)
 
 
+@pytest.mark.parametrize("kind", ["Lion", "Adagrad", "Adam"])
+def test_optimizers_that_step_slice_by_slice_have_their_states_on_a_disk(ranks, tmp_path, kind):
+    optimizer = {"optimizer": {"type": kind, "params": {"lr": 0.01}}}
+    plain, tiered = (
+        Training(Blocks, step, steps=3, config={**optimizer, "zero_optimization": zero})
+        for zero in ({}, on_disk(tmp_path, *EVERYTHING))
+    )
+    ranks(2, with_and_without, plain, tiered, 3)
+
+
 def bytes_in_memory(zero: dict[str, object], stage: int) -> dict[str, list[int]]:
     """Bytes of parameters, gradients, masters and optimizer states, after a backward and after a step."""
     engine = make_engine(training("bf16", **zero), stage)
@@ -118,7 +129,7 @@ def bytes_in_memory(zero: dict[str, object], stage: int) -> dict[str, list[int]]
 
 
 def test_what_lies_on_the_disk_takes_no_memory(ranks, tmp_path):
-    everything = on_disk(tmp_path, "offload_optimizer", "offload_param")
+    everything = on_disk(tmp_path, *EVERYTHING)
     (found,) = ranks(1, bytes_in_memory, {"stage3_param_persistence_threshold": 0, **everything}, 3)
     assert found["backward"] == [0, 0, 0, 0] and found["step"][:3] == [0, 0, 0]
     step_numbers = found["step"][3]
@@ -128,9 +139,6 @@ def test_what_lies_on_the_disk_takes_no_memory(ranks, tmp_path):
     (half,) = ranks(1, bytes_in_memory, on_disk(tmp_path, "offload_optimizer", ratio=0.5), 2)
     (whole,) = ranks(1, bytes_in_memory, {}, 2)
     assert 0.3 < half["step"][2] / whole["step"][2] < 0.7
-
-
-EVERYTHING = ("offload_optimizer", "offload_param")
 
 
 def saved_and_resumed(tiered: Training, plain: Training, stage: int, folder: str) -> None:
