@@ -116,6 +116,8 @@ double squared_sum(Address data, int dtype, std::size_t numel, int threads) {
 }  // namespace deepspeed
 
 NB_MODULE(_core, module) {
+    // What the program still has at its end, a queue of files say, is no error of the program.
+    nb::set_leak_warnings(false);
     using namespace deepspeed;
     using namespace nb::literals;
     module.doc() = "Kernels over flat CPU memory, and file I/O, given addresses. Called by deepspeed.native only, which checks.";
