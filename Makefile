@@ -1,11 +1,11 @@
-# `make train` runs the main job, `make test` the tests, `make test-integrations` those with the libraries that train with
+# `make train` runs the main job, `make infinity` one with all states on a disk, `make test` the tests, `make test-integrations` those with the libraries that train with
 # this package, `make check` the static checks; each sets up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-integrations check clean
+.PHONY: train infinity test test-integrations check clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@echo "setting up $(VENV) with torch and the package: a few minutes, once"
@@ -20,6 +20,9 @@ $(VENV)/integrations: $(VENV)/ready
 
 train: $(VENV)/ready
 	$(BIN)/deepspeed --num_gpus 2 examples/train_lm/train.py --deepspeed_config examples/train_lm/ds_config.json
+
+infinity: $(VENV)/ready
+	$(BIN)/deepspeed --num_gpus 1 examples/infinity/train.py
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest --ignore tests/integrations
