@@ -52,7 +52,8 @@ class Evictable:
     def start_fetch(self) -> None:
         """Begin to read the bytes, where they are not in memory."""
         if self.residence is Residence.LEAVING:
-            self._finish()
+            self._await()
+            self.residence = Residence.MEMORY
         if self.residence is Residence.FILE:
             self._storage.resize_(self.nbytes)
             self._transfer = self._file.submit_read(self._bytes(), self._offset)
@@ -106,14 +107,26 @@ class Evictable:
         return None
 
     def _finish(self) -> None:
+        """End what is under way."""
+        self._await()
+        if self.residence is Residence.COMING:
+            self.residence = Residence.MEMORY
+        elif self.residence is Residence.LEAVING:
+            self._free()
+
+    def _await(self) -> None:
+        """End a transfer. Where it failed, the bytes are where they were before: nothing is lost."""
         transfer, self._transfer = self._transfer, None
         if transfer is None:
             return
-        transfer.wait()
-        if self.residence is Residence.COMING:
-            self.residence = Residence.MEMORY
-        else:
-            self._free()
+        try:
+            transfer.wait()
+        except OSError:
+            if self.residence is Residence.COMING:
+                self._free()
+            else:
+                self.residence = Residence.MEMORY
+            raise
 
     def _free(self) -> None:
         self._storage.resize_(0)
