@@ -14,32 +14,22 @@ import resource
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import deepspeed
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "train_lm")]
-from model import GPT  # noqa: E402
-from source_code import PYTHON, VOCABULARY, SourceCode  # noqa: E402
+sys.path.append(str(Path(__file__).parents[1]))
+from source_code import PYTHON, VOCABULARY, SourceCode
+
+sys.path.append(str(Path(__file__).parents[1] / "train_lm"))
+from model import GPT
 
 BYTES_PER_PARAMETER = 16
 """On the disk, fp32: the parameter, its gradient and Adam's two moments."""
-
-
-class CheckpointedGPT(GPT):
-    """A GPT that keeps the inputs of its blocks and computes the rest again in backward."""
-
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """As ``GPT``: the mean loss."""
-        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False)
-        logits = self.head(self.norm(x))
-        return logits if targets is None else torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -108,7 +98,9 @@ def main() -> None:
     started = time.perf_counter()
     with deepspeed.zero.Init(config_dict_or_path=config):
         shape = {"layers": layers, "width": width, "heads": width // 64}
-        model = CheckpointedGPT(vocabulary=VOCABULARY, context=options.context, **shape)
+        model = GPT(vocabulary=VOCABULARY, context=options.context, **shape)
+    for block in model.blocks:  # it keeps its input, and computes the rest again in backward
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     engine, *_ = deepspeed.initialize(model=model, config=config)
     print(f"{count / 1e9:.2f} G parameters ({layers} layers of width {width}), {count * 16 / 1e9:.1f} GB of states")
     print(f"on the disk after {time.perf_counter() - started:.0f} s, peak memory {peak_memory():.2f} GB", flush=True)
