@@ -27,7 +27,7 @@ from tests.parity import (
     state_of,
     train_plain,
 )
-from tests.zero.test_scopes import Block, Stack, inputs, squared_output
+from tests.zero.stack import Block, Stack, inputs, squared_output
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1,

@@ -35,19 +35,18 @@ from .common import assert_same, isolated, weights
 
 VOCABULARY = 67
 
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
 CONFIGS: dict[str, tuple[type[Any], Callable[[], Any]]] = {
     "llama": (
         LlamaForCausalLM,
-        lambda: LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            bos_token_id=0,
-            eos_token_id=1,
-        ),
+        lambda: LlamaConfig(**SMALL, num_key_value_heads=1, bos_token_id=0, eos_token_id=1),
     ),
     "gpt2": (
         GPT2LMHeadModel,
@@ -57,14 +56,7 @@ CONFIGS: dict[str, tuple[type[Any], Callable[[], Any]]] = {
     ),
     "bert": (
         BertForMaskedLM,
-        lambda: BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=24,
-        ),
+        lambda: BertConfig(**SMALL, max_position_embeddings=24),
     ),
     "t5": (
         T5ForConditionalGeneration,
@@ -74,15 +66,7 @@ CONFIGS: dict[str, tuple[type[Any], Callable[[], Any]]] = {
     ),
     "mixtral": (
         MixtralForCausalLM,
-        lambda: MixtralConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=3,
-        ),
+        lambda: MixtralConfig(**SMALL, num_key_value_heads=1, num_local_experts=3),
     ),
 }
 each_model = pytest.mark.parametrize("name", CONFIGS)
