@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspeed.cli.nvme_bench import stream
+from deepspeed.cli.nvme_bench import stream, transfer
 from deepspeed.native.file_engine import QueueOptions, backends
-from deepspeed.native.files import File, FileQueue, aligned_empty
+from deepspeed.native.files import FileQueue, aligned_empty
 
 MEBIBYTE = 1 << 20
 
@@ -56,12 +56,6 @@ def by_stream(path: str, block_size: int, direct: bool, memory: Tensor, *, writi
     stream(path, memory, writing=writing, direct=direct, block_size=block_size)
 
 
-def by_queue(file: File, memory: Tensor, *, writing: bool) -> None:
-    """One transfer, which the queue cuts into blocks."""
-    transfer = file.submit_write(memory) if writing else file.submit_read(memory)
-    transfer.wait()
-
-
 def make_candidates(path: str, nbytes: int, options: QueueOptions, stack: ExitStack) -> dict[str, Candidate]:
     """All candidates; their files are closed with ``stack``."""
     aligned = aligned_empty(nbytes, torch.uint8)
@@ -76,12 +70,12 @@ def make_candidates(path: str, nbytes: int, options: QueueOptions, stack: ExitSt
             for block_size in (1, 16):
                 plain = partial(by_stream, path, block_size * MEBIBYTE, file.direct)
                 found[f"stream, {block_size} MiB"] = Candidate(aligned, plain)
-        found[name] = Candidate(aligned, partial(by_queue, file))
+        found[name] = Candidate(aligned, partial(transfer, file))
         if name == "io_uring":
             own = aligned_empty(nbytes, torch.uint8)
             if queue.register(own):
-                found[f"{name}, registered"] = Candidate(own, partial(by_queue, file))
-        found[f"{name}, unaligned"] = Candidate(shifted, partial(by_queue, file))
+                found[f"{name}, registered"] = Candidate(own, partial(transfer, file))
+        found[f"{name}, unaligned"] = Candidate(shifted, partial(transfer, file))
     return found
 
 

@@ -96,8 +96,8 @@ def measure(
                 found.read.append(_rate(stream, path, memory, writing=False, direct=direct))
                 continue
             with FileQueue(candidate, backend=backend) as queue, queue.open(path) as file:
-                found.write.append(_rate(_move, file, memory, writing=True))
-                found.read.append(_rate(_move, file, memory, writing=False))
+                found.write.append(_rate(transfer, file, memory, writing=True))
+                found.read.append(_rate(transfer, file, memory, writing=False))
     return rates, direct
 
 
@@ -108,9 +108,10 @@ def _rate(move: Callable[..., None], target: File | str, memory: Tensor, **how: 
     return memory.nbytes / (time.perf_counter() - begin)
 
 
-def _move(file: File, memory: Tensor, *, writing: bool) -> None:
-    transfer = file.submit_write(memory) if writing else file.submit_read(memory)
-    transfer.wait()
+def transfer(file: File, memory: Tensor, *, writing: bool) -> None:
+    """Move the whole file by one transfer, which the queue cuts into blocks."""
+    moving = file.submit_write(memory) if writing else file.submit_read(memory)
+    moving.wait()
 
 
 def stream(path: str, memory: Tensor, *, writing: bool, direct: bool, block_size: int = STREAM_BLOCK) -> None:
