@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,3 +254,51 @@ def test_what_cannot_lie_on_a_disk_is_an_error_on_every_rank(ranks, tmp_path, co
 def test_nothing_is_left_on_the_disk(ranks, tmp_path):
     ranks(2, with_and_without, training("fp32"), training("fp32", **on_disk(tmp_path, *EVERYTHING)), 3)
     assert not list(tmp_path.iterdir())
+
+
+def open_files(folder: str) -> int:
+    """The files of this process that lie in ``folder``, whether or not they have a name."""
+    gc.collect()
+    return sum(folder in str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+
+
+def destroyed(zero: dict[str, object], folder: str) -> list[int]:
+    engine = make_engine(training("bf16", **zero), 3)
+    model = engine.module
+    step(engine, 0, engine.backward)
+    engine.step()
+    found = [open_files(folder)]
+    engine.destroy()
+    found.append(open_files(folder))
+    with deepspeed.zero.GatheredParameters(model):
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+    del engine, model
+    return [*found, open_files(folder)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
+def test_the_file_of_states_goes_with_the_engine_and_that_of_parameters_with_the_model(ranks, tmp_path):
+    # A file is open twice: with the page cache, and without where the file system can do that.
+    for both, after, without_model in ranks(2, destroyed, on_disk(tmp_path, *EVERYTHING), str(tmp_path)):
+        assert both == 2 * after > 0 and without_model == 0
+
+
+def loaded_twice(zero: dict[str, object], folder: str) -> list[int]:
+    engine = make_engine(training("fp32", **zero), 2)
+    step(engine, 0, engine.backward)
+    engine.step()
+    engine.save_checkpoint(folder)
+    found = []
+    for _ in range(2):
+        engine.load_checkpoint(folder)
+        file = engine.optimizer.flat.tiers.states
+        found.append(sum(e._storage.nbytes() for e in file._known.values()))
+        found.append(len(file._known))
+    engine.destroy()
+    return found
+
+
+def test_states_that_are_replaced_keep_neither_memory_nor_a_place(ranks, tmp_path):
+    zero = on_disk(tmp_path / "nvme", "offload_optimizer")
+    for memory, places, memory_later, places_later in ranks(2, loaded_twice, zero, str(tmp_path / "checkpoints")):
+        assert memory == memory_later == 0 and places == places_later > 0

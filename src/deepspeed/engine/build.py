@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,6 @@ from ..comm.agreement import on_all_ranks
 from ..comm.communicator import Communicator
 from ..comm.sharding import ShardGroups
 from ..config import DeepSpeedConfig
-from ..memory.layout import UNLIMITED
 from ..optim import build_optimizer, build_scheduler, has_stepped, refuse_all_at_once, refuse_unsuited, split_parameter_groups
 from ..zero.arrivals import is_reduced
 from ..zero.fetching import FetchLimits
@@ -109,7 +109,7 @@ def chunk_numel(config: DeepSpeedConfig) -> int:
     zero = config.zero_optimization
     offload = zero.offload_optimizer
     if offload.device != "nvme":
-        return UNLIMITED
+        return sys.maxsize
     at_once = 1 + offload.reads_ahead + offload.writes_behind
     return max(1, min(zero.sub_group_size, offload.buffer_count * offload.buffer_size // (4 * at_once)))
 

@@ -25,6 +25,7 @@ from ..memory.layout import Fragment
 from ..optim.segments import FlatShard, cuts
 from ..zero.gathered import GatheredParameters
 from ..zero.optimizer import ShardedOptimizer
+from ..zero.streaming import give_up_states
 from ..zero.unfreezing import unfreeze
 from .checkpointing import model_shapes, untrained_tensors
 
@@ -283,6 +284,7 @@ def _install_state(
         name = fragment.spec.name
         return numbers.get(name, {}), [kind for kind in flats if kind in reader.kinds(name)]
 
+    give_up_states(optimizer, shard)
     for segment in optimizer.segments.recut(shard, cuts(shard.fragments, states)):
         own, elementwise = states(segment.fragments[0]) if segment.fragments else ({}, [])
         state = {key: _number(value) for key, value in own.items()} | {k: flats[k][segment.where] for k in elementwise}

@@ -16,13 +16,12 @@ estimates derive from it; none of them computes an offset of its own.
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
-
-UNLIMITED = 2**63 - 1
 
 ALIGNMENT = 32
 """Elements to which each parameter's start is aligned: 64 bytes at 16 bits, as torch's own CPU allocations are."""
@@ -140,7 +139,7 @@ class FlatLayout:
 
     @staticmethod
     def build(
-        parameters: Iterable[ParameterSpec], *, shards: int, bucket_numel: int, unit_bucket_numel: int = UNLIMITED
+        parameters: Iterable[ParameterSpec], *, shards: int, bucket_numel: int, unit_bucket_numel: int = sys.maxsize
     ) -> FlatLayout:
         """Lay out ``parameters`` (in registration order) for ``shards`` ranks.
 
@@ -155,7 +154,7 @@ class FlatLayout:
         )
 
     def extended(
-        self, parameters: Iterable[ParameterSpec], *, bucket_numel: int, unit_bucket_numel: int = UNLIMITED
+        self, parameters: Iterable[ParameterSpec], *, bucket_numel: int, unit_bucket_numel: int = sys.maxsize
     ) -> FlatLayout:
         """This layout with further ``parameters`` in buckets of their own behind the others, which stay as they are."""
         filling: dict[tuple[int | None, int, str], _Filling] = {}

@@ -155,7 +155,7 @@ class FileTier:
     def evictable(self, tensor: Tensor) -> Evictable:
         """The evictable that is the memory of ``tensor``."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = id_of(storage)
         if key not in self._known:
             self._known[key] = Evictable(storage, self._file, self.nbytes)
             self.nbytes += -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
@@ -163,9 +163,14 @@ class FileTier:
 
     def forget(self, tensor: Tensor) -> None:
         """Give up the place of ``tensor`` in the file: it is needed no more, or stays in memory from now on."""
-        evictable = self._known.pop(tensor.untyped_storage()._cdata, None)
+        evictable = self._known.pop(id_of(tensor.untyped_storage()), None)
         if evictable is not None:
             evictable.give_up()
+
+
+def id_of(storage: torch.UntypedStorage) -> int:
+    """The same number for all views of a storage, whether or not it has memory."""
+    return storage._cdata
 
 
 class Chunk:
@@ -192,9 +197,16 @@ class Chunk:
 
     def fetch(self) -> None:
         """Have all in memory."""
-        self.start_fetch()
-        for evictable in self.evictables():
+        evictables = self.evictables()
+        for evictable in evictables:
+            evictable.start_fetch()
+        for evictable in evictables:
             evictable.fetch()
+
+    def claim(self) -> None:
+        """Have memory for all, to be overwritten."""
+        for evictable in self.evictables():
+            evictable.claim()
 
     def start_evict(self) -> None:
         """Begin to write all."""
@@ -203,8 +215,10 @@ class Chunk:
 
     def evict(self) -> None:
         """Have all in the file alone."""
-        self.start_evict()
-        for evictable in self.evictables():
+        evictables = self.evictables()
+        for evictable in evictables:
+            evictable.start_evict()
+        for evictable in evictables:
             evictable.evict()
 
     @contextmanager

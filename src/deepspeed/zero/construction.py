@@ -176,7 +176,7 @@ class ModuleSharder:
     def _scatter(self, values: Tensor, part: UnitPart, *, purpose: str) -> None:
         """Give each rank its slice of rank 0's ``values``, of a parameter alone in its unit."""
         self.settle(UNDER_WAY - 1)
-        part.chunk.fetch()
+        part.chunk.claim()
         own, whole = part.flat.own_slice(part.bucket), None
         if self._communicator.rank == 0:
             (placement,) = part.bucket.placements
@@ -230,7 +230,7 @@ class ModuleSharder:
             by_dtype.setdefault(parameter.dtype, []).append(parameter)
         for parameters in by_dtype.values():
             values = torch.cat([p.detach().reshape(-1) for p in parameters])
-            self._communicator.broadcast(values).wait()
+            self._communicator.broadcast(values, purpose="broadcast of what stays whole").wait()
             for parameter, value in zip(parameters, values.split([p.numel() for p in parameters]), strict=True):
                 parameter.copy_(value.view_as(parameter))
         self._residents.clear()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 import torch
 from torch import Tensor, UntypedStorage, nn
 
+from ..memory.tiers import id_of
 from .optimizer import ShardedOptimizer
 from .presence import OffloadStateTypeEnum
 from .sharding import ShardedModel
@@ -133,11 +134,6 @@ class _Emptied:
 def leaves(storage: UntypedStorage) -> bool:
     """Whether ``storage`` is on a device that it can leave for the CPU."""
     return storage.device.type != "cpu" and storage.resizable()
-
-
-def id_of(storage: UntypedStorage) -> int:
-    """The same number for all views of a storage, whether or not it has memory."""
-    return storage._cdata
 
 
 def _storages(tensors: Iterable[Tensor]) -> list[UntypedStorage]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -124,10 +125,10 @@ class FlatParameters:
 
     def _add_chunk(self, bucket: Bucket) -> None:
         """Let the slice and the master of ``bucket`` move to their tiers."""
-        parameters, states = self.parameter_tiers[bucket.index], self.tiers.of_states(bucket)
-        self.state_tiers.append(states)
+        self.state_tiers.append(self.tiers.of_states(bucket))
 
         def mine() -> list[Evictable]:
+            parameters, states = self.parameter_tiers[bucket.index], self.state_tiers[bucket.index]
             own, master = self.slices[bucket.index], self.masters[bucket.index]
             slices = [parameters.evictable(own)] if parameters is not None and own.numel() else []
             masters = [states.evictable(master)] if states is not None and master is not own and master.numel() else []
@@ -137,8 +138,10 @@ class FlatParameters:
         self.chunks[-1].include(mine)
 
     def drop_masters(self) -> None:
-        """Keep the values in the model's dtype alone."""
+        """Keep the values in the model's dtype alone, and no file of states."""
         self.masters = list(self.slices)
+        self.state_tiers = [None] * len(self.state_tiers)
+        self.tiers = replace(self.tiers, states=None)
 
     def drop(self, bucket: Bucket) -> None:
         """Free the memory of a unit's ``bucket``, whose parameters have all left."""

@@ -229,6 +229,7 @@ class GradientReducer:
         self._hooks.clear()
         self._pool.release()
         self._buckets.clear()
+        self.tier_of = in_memory
 
     def _collect(
         self, buckets: Sequence[Bucket], parameters: Mapping[str, nn.Parameter]

@@ -103,15 +103,17 @@ ALIASES = frozenset((Tensor.detach, torch.detach, Tensor.data.__get__))  # type:
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
+def _intercept(
+    kind: type, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> Any:
+    """Let questions about a parameter, or its values, through; make it whole, or raise, for anything else."""
+    return _answer(func, args, kwargs or {})
+
+
 class ReleasedParameter(nn.Parameter):
     """The class of a parameter while it is released."""
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Let questions about the parameter through; make it whole, or raise, for anything else."""
-        return _answer(func, args, kwargs or {})
+    __torch_function__: Any = classmethod(_intercept)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """What the home makes of it."""
@@ -130,12 +132,7 @@ class ReleasedValues(Tensor):
 
     parameter: nn.Parameter
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Let questions through; put the values in place of this, or raise, for anything else."""
-        return _answer(func, args, kwargs or {})
+    __torch_function__: Any = classmethod(_intercept)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the values, where they can be had."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from ..comm.communicator import Communicator
 from ..comm.sharding import ShardGroups
-from ..memory.layout import UNLIMITED, FlatLayout, ParameterSpec
+from ..memory.layout import FlatLayout, ParameterSpec
 from ..optim.segments import FlatShard
 from . import released
 from .fetching import FetchLimits, UnitFetcher
@@ -40,7 +41,7 @@ class ModelLayout:
         dtype_of: Callable[[torch.Tensor], torch.dtype],
         shards: int,
         bucket_numel: int,
-        unit_bucket_numel: int = UNLIMITED,
+        unit_bucket_numel: int = sys.maxsize,
     ) -> ModelLayout:
         """Lay out ``module`` for ``shards`` ranks. ``group_of`` is the optimizer group of each trained parameter, by
         its first name; ``dtype_of`` says which dtype a parameter is to have."""

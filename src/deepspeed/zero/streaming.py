@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from .. import native
 from ..memory.layout import Bucket
 from ..memory.tiers import Evictable
@@ -13,7 +15,6 @@ from ..optim.segments import FlatShard
 from ..optim.sharding import ShardUpdate
 from .parameters import FlatParameters
 from .reducer import GradientReducer
-from .tiers import elementwise
 
 if TYPE_CHECKING:
     from .optimizer import ShardedOptimizer
@@ -23,6 +24,14 @@ def move_with_masters(optimizer: ShardedOptimizer, shards: Iterable[FlatShard]) 
     """Let states and gradients of ``shards`` be where their masters are."""
     for shard in shards:
         optimizer.flat.chunks[shard.bucket.index].include(partial(_below_memory, optimizer, shard))
+
+
+def give_up_states(optimizer: ShardedOptimizer, shard: FlatShard) -> None:
+    """Give up the places of the states of ``shard``, which others are to replace."""
+    file = optimizer.flat.state_tiers[shard.bucket.index]
+    if file is not None:
+        for tensor in _states_of(optimizer, shard):
+            file.forget(tensor)
 
 
 def squared_norms(reducer: GradientReducer) -> Iterator[tuple[float, bool]]:
@@ -55,10 +64,15 @@ def in_turn(updates: Sequence[ShardUpdate], flat: FlatParameters, reducer: Gradi
 def _below_memory(optimizer: ShardedOptimizer, shard: FlatShard) -> list[Evictable]:
     if not optimizer.shards:  # the engine was destroyed, and the model kept its slices
         return []
-    states = (optimizer.state.get(segment.tensor, {}) for segment in optimizer.segments.of(shard))
     file = optimizer.flat.state_tiers[shard.bucket.index]
-    mine = [] if file is None else [file.evictable(tensor) for tensor in elementwise(states)]
+    mine = [] if file is None else [file.evictable(tensor) for tensor in _states_of(optimizer, shard)]
     return mine + _gradients_below(optimizer.reducer, shard.bucket)
+
+
+def _states_of(optimizer: ShardedOptimizer, shard: FlatShard) -> Iterator[Tensor]:
+    """The optimizer's states of ``shard`` that have a value for each element."""
+    states = (optimizer.state.get(segment.tensor, {}) for segment in optimizer.segments.of(shard))
+    return (v for state in states for v in state.values() if isinstance(v, Tensor) and v.dim() and v.numel())
 
 
 def _gradients_below(reducer: GradientReducer, bucket: Bucket) -> list[Evictable]:

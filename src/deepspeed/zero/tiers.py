@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from ..memory.tiers import Evictable, FileTier
 
 if TYPE_CHECKING:
     from ..config import DeepSpeedConfig
+    from ..config.offload import OffloadOptimizerConfig, OffloadParamConfig
 
 BEHIND = 2
 """Gradients of so many slices may be on their way to the file while the next is reduced."""
@@ -67,19 +67,19 @@ IN_MEMORY = Tiers()
 
 
 def open_tiers(config: DeepSpeedConfig) -> Tiers:
-    """The files of the states that are to lie in files, one for each directory. OSError where one cannot be made."""
+    """The files of the states that are to lie in files: what an engine keeps for itself has one of its own, which goes with
+    the engine. OSError where one cannot be made."""
     parameters, states = config.zero_optimization.offload_param, config.zero_optimization.offload_optimizer
     # Imported here: who shards models without files does not pay for pydantic.
     from ..memory.files import queue_options
 
-    files: dict[str, FileTier] = {}
-    for offload in (parameters, states):
-        path = offload.nvme_path
-        if offload.device == "nvme" and path is not None and path not in files:
-            files[path] = FileTier(Path(path), queue_options(config.aio))
+    def file(offload: OffloadParamConfig | OffloadOptimizerConfig) -> FileTier | None:
+        on_disk = offload.device == "nvme" and offload.nvme_path is not None
+        return FileTier(Path(offload.nvme_path or ""), queue_options(config.aio)) if on_disk else None
+
     return Tiers(
-        parameters=files.get(parameters.nvme_path or "") if parameters.device == "nvme" else None,
-        states=files.get(states.nvme_path or "") if states.device == "nvme" else None,
+        parameters=file(parameters),
+        states=file(states),
         parameters_in_memory=Allowance(numel=parameters.max_in_cpu),
         states_in_memory=Allowance(share=1 - states.ratio),
         ahead=states.reads_ahead,
@@ -96,11 +96,6 @@ def refuse_other_devices(config: DeepSpeedConfig) -> None:
             f"zero_optimization.offload_optimizer and offload_param move states out of the CPU's memory; from {here} is not "
             "built yet: set their device to none, or DS_ACCELERATOR=cpu"
         )
-
-
-def elementwise(states: Iterable[Mapping[str, object]]) -> Iterator[Tensor]:
-    """The tensors in an optimizer's ``states`` that have a value for each element."""
-    return (v for state in states for v in state.values() if isinstance(v, Tensor) and v.dim() and v.numel())
 
 
 class GradientTier:

@@ -14,7 +14,7 @@ finds the values again when the unit is fetched for backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from functools import partial
 from typing import NoReturn, Protocol
@@ -66,7 +66,10 @@ class UnitPart:
         self.flat = flat
         self.bucket = bucket
         self.second: Tensor | None = None
-        self.views = self._views_of(flat.parameters[place.spec.name] for place in bucket.placements)
+        self.views: list[tuple[nn.Parameter, Tensor]] = [
+            (flat.parameters[place.spec.name], flat.view(bucket, place).view(place.spec.shape))
+            for place in bucket.placements
+        ]
 
     @property
     def chunk(self) -> Chunk:
@@ -124,17 +127,10 @@ class UnitPart:
         self.conceal()
         if not self.flat.keeps_apart(self.bucket):
             return
-        storage = self.whole.untyped_storage()
-        if not storage.resizable():  # a NumPy array has it, and keeps it
-            self.flat.buffers[self.bucket.index] = torch.empty_like(self.whole)
-            self.views = self._views_of([parameter for parameter, _ in self.views])
-            storage = self.whole.untyped_storage()
-        storage.resize_(0)
-
-    def _views_of(self, parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
-        place_of = {id(self.flat.parameters[place.spec.name]): place for place in self.bucket.placements}
-        places = ((parameter, place_of[id(parameter)]) for parameter in parameters)
-        return [(parameter, self.flat.view(self.bucket, place).view(place.spec.shape)) for parameter, place in places]
+        if not self.whole.untyped_storage().resizable():  # a NumPy array has it, and keeps it
+            whole = self.flat.buffers[self.bucket.index] = torch.empty_like(self.whole)
+            self.views = [(p, whole.as_strided(v.shape, v.stride(), v.storage_offset())) for p, v in self.views]
+        self.whole.untyped_storage().resize_(0)
 
 
 class _GatherOfRead:
