@@ -8,8 +8,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,44 +31,44 @@ def run_python(blocks: Sequence[Block], folder: str) -> list[str]:
     printed = []
     for block in blocks:
         code = compile("\n" * (block.line - 1) + block.text, block.page, "exec")
-        with _within(Path(folder)) as output:
-            exec(code, namespace)
-        printed.append(output.read_text())
+        printed.append(_printed(partial(exec, code, namespace), Path(folder)))
     return printed
 
 
 def train_with(configuration: str, folder: str) -> str:
     """On a rank: train four linear layers with a page's configuration; returns what is printed."""
-    with _within(Path(folder)) as output:
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(4)))
-        engine = deepspeed.initialize(model=model, config=BASE | json.loads(configuration))[0]
-        while engine.global_steps < STEPS:
-            batch = torch.randn(8, 512, dtype=next(engine.parameters()).dtype)
-            engine.backward(engine(batch).float().square().mean())
-            engine.step()
-        engine.destroy()
-    return output.read_text()
+    return _printed(partial(_train, BASE | json.loads(configuration)), Path(folder))
 
 
-@contextmanager
-def _within(folder: Path) -> Iterator[Path]:
-    """Work in ``folder``, and send what this process prints, by any route, to the file that is returned."""
+def _train(configuration: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(4)))
+    engine = deepspeed.initialize(model=model, config=configuration)[0]
+    while engine.global_steps < STEPS:
+        batch = torch.randn(8, 512, dtype=next(engine.parameters()).dtype)
+        engine.backward(engine(batch).float().square().mean())
+        engine.step()
+    engine.destroy()
+
+
+def _printed(run: Callable[[], object], folder: Path) -> str:
+    """Run in ``folder``; returns what this process has printed meanwhile, by any route."""
     here, streams = Path.cwd(), [os.dup(1), os.dup(2)]
-    handle, name = tempfile.mkstemp()
-    os.chdir(folder)
-    for stream in (1, 2):
-        os.dup2(handle, stream)
-    try:
-        yield Path(name)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for stream, saved in zip((1, 2), streams, strict=True):
-            os.dup2(saved, stream)
-            os.close(saved)
-        os.close(handle)
-        os.chdir(here)
+    with tempfile.TemporaryFile("w+") as output:
+        os.chdir(folder)
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+        try:
+            run()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for stream, saved in zip((1, 2), streams, strict=True):
+                os.dup2(saved, stream)
+                os.close(saved)
+            os.chdir(here)
+        output.seek(0)
+        return output.read()
 
 
 def run_script(script: str, folder: Path) -> str:
