@@ -173,7 +173,9 @@ class CompiledBlocks(Stack):
             block.compile(backend=backend)
 
 
+@torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True)
 def train_compiled(training: Training, backend: str, whole: bool) -> dict[str, Tensor]:
+    """Weights after training; raises where hooks are compiled, since each of them then is once for each kind of argument."""
     torch.compiler.reset()
     engine = make_engine(training, 3)
     if whole:

@@ -132,8 +132,8 @@ class ModuleScopes:
             return self._leave(output) if running else None
 
         # The first to run before the module's own hooks, the last after them: they may use its parameters.
-        yield scope.module.register_forward_pre_hook(_not_compiled(before), prepend=True, with_kwargs=True)
-        yield scope.module.register_forward_hook(_not_compiled(after), always_call=True)
+        yield scope.module.register_forward_pre_hook(torch.compiler.disable(before), prepend=True, with_kwargs=True)
+        yield scope.module.register_forward_hook(torch.compiler.disable(after), always_call=True)
 
     def _enter(self, scope: _Scope, arguments: Any) -> None:
         units = [*scope.units, *_external_units(scope)]
@@ -273,13 +273,6 @@ def _passing(output: Any) -> Any:
     if isinstance(output, Tensor) and output.requires_grad:
         return output.view_as(output)
     return (_passing(output[0]), *output[1:]) if type(output) is tuple and output else output
-
-
-def _not_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """``hook`` as it is: torch.compile does not look into it. Its way around costs as much as the hook, so it is taken
-    only where torch compiles."""
-    hidden = torch.compiler.disable(hook)
-    return lambda *args: (hidden if torch.compiler.is_compiling() else hook)(*args)
 
 
 def _in_backward() -> bool:
