@@ -19,7 +19,7 @@ struct AdamNumbers {
     float beta2;
     float one_minus_beta1;
     float one_minus_beta2;
-    float second;         // sqrt(1 - beta2^step), or 1 without bias correction
+    float second;         // 1 / sqrt(1 - beta2^step), or 1 without bias correction
     float eps;
     float step_size;      // -lr / (1 - beta1^step)
 };

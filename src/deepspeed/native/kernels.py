@@ -94,7 +94,7 @@ def adam_step(
         l2=0.0 if hyper.decoupled else hyper.weight_decay,
         beta1=hyper.beta1,
         beta2=hyper.beta2,
-        second=second,
+        second=1 / second,
         eps=hyper.eps,
         step_size=-hyper.lr / first,
         threads=torch.get_num_threads(),
