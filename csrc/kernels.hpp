@@ -19,16 +19,46 @@ struct AdamNumbers {
     float beta2;
     float one_minus_beta1;
     float one_minus_beta2;
-    float second;         // sqrt(1 - beta2^step), or 1 without bias correction
+    float second;         // 1 / sqrt(1 - beta2^step), or 1 without bias correction
     float eps;
     float step_size;      // -lr / (1 - beta1^step)
 };
 
+// Those of a step of Lion and of Adagrad (lion_step and adagrad_step in reference.py).
+struct LionNumbers {
+    float grad_scale;
+    float decay;  // 1 - lr * weight_decay
+    float lr;
+    float beta1;
+    float beta2;
+    float one_minus_beta1;
+    float one_minus_beta2;
+};
+
+struct AdagradNumbers {
+    float grad_scale;
+    float l2;         // weight_decay
+    float eps;
+    float step_size;  // lr / (1 + (step - 1) * lr_decay)
+};
+
+// What every optimizer step reads and writes beside its states, which are fp32: param, in place; out, in another dtype, or
+// null. numel elements each.
+struct StepTensors {
+    void* param;
+    Dtype param_dtype;
+    const void* grad;
+    Dtype grad_dtype;
+    void* out;
+    Dtype out_dtype;
+    std::size_t numel;
+};
+
 struct Kernels {
     const char* name;
-    // param, exp_avg, exp_avg_sq: fp32, in place; out: 16 bit, or null.
-    void (*adam_step)(float* param, const void* grad, Dtype grad_dtype, float* exp_avg, float* exp_avg_sq, void* out,
-                      Dtype out_dtype, std::size_t numel, const AdamNumbers& numbers);
+    void (*adam_step)(const StepTensors& tensors, float* exp_avg, float* exp_avg_sq, const AdamNumbers& numbers);
+    void (*lion_step)(const StepTensors& tensors, float* exp_avg, const LionNumbers& numbers);
+    void (*adagrad_step)(const StepTensors& tensors, float* sum, const AdagradNumbers& numbers);
     // out = or += scale * (inputs[0] + inputs[1] + ...) over elements [begin, end).
     void (*scaled_sum)(const void* const* inputs, std::size_t count, Dtype dtype, void* out, Dtype out_dtype,
                        std::size_t begin, std::size_t end, float scale, bool accumulate);

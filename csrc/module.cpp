@@ -70,20 +70,58 @@ void* at(Address address, Dtype dtype, std::size_t element) {
     return address ? reinterpret_cast<char*>(address) + element * size_of(dtype) : nullptr;
 }
 
-void adam_step(Address param, Address grad, int grad_dtype, Address exp_avg, Address exp_avg_sq, Address out,
-               int out_dtype, std::size_t numel, double grad_scale, double decay, double l2, double beta1, double beta2,
-               double second, double eps, double step_size, int threads) {
+// The tensors of a step, as Python names them.
+struct StepAddresses {
+    Address param;
+    int param_dtype;
+    Address grad;
+    int grad_dtype;
+    Address out;
+    int out_dtype;
+    std::size_t numel;
+
+    StepTensors part(std::size_t begin, std::size_t end) const {
+        const Dtype own = static_cast<Dtype>(param_dtype), from = static_cast<Dtype>(grad_dtype);
+        const Dtype to = static_cast<Dtype>(out_dtype);
+        return {at(param, own, begin), own, at(grad, from, begin), from, at(out, to, begin), to, end - begin};
+    }
+};
+
+float* floats(Address address, std::size_t element) {
+    return static_cast<float*>(at(address, Dtype::float32, element));
+}
+
+void adam_step(const StepAddresses& tensors, Address exp_avg, Address exp_avg_sq, double grad_scale, double decay,
+               double l2, double beta1, double beta2, double second, double eps, double step_size, int threads) {
     const AdamNumbers numbers{static_cast<float>(grad_scale), static_cast<float>(decay),
                               static_cast<float>(l2),         static_cast<float>(beta2),
                               static_cast<float>(1 - beta1),  static_cast<float>(1 - beta2),
                               static_cast<float>(second),     static_cast<float>(eps),
                               static_cast<float>(step_size)};
-    const Dtype from = static_cast<Dtype>(grad_dtype), to = static_cast<Dtype>(out_dtype), f32 = Dtype::float32;
     const Kernels* kernels = active();
-    parallel(numel, threads, 64, [&](std::size_t begin, std::size_t end) {
-        kernels->adam_step(static_cast<float*>(at(param, f32, begin)), at(grad, from, begin), from,
-                           static_cast<float*>(at(exp_avg, f32, begin)), static_cast<float*>(at(exp_avg_sq, f32, begin)),
-                           at(out, to, begin), to, end - begin, numbers);
+    parallel(tensors.numel, threads, 64, [&](std::size_t begin, std::size_t end) {
+        kernels->adam_step(tensors.part(begin, end), floats(exp_avg, begin), floats(exp_avg_sq, begin), numbers);
+    });
+}
+
+void lion_step(const StepAddresses& tensors, Address exp_avg, double grad_scale, double decay, double lr, double beta1,
+               double beta2, int threads) {
+    const LionNumbers numbers{static_cast<float>(grad_scale), static_cast<float>(decay),     static_cast<float>(lr),
+                              static_cast<float>(beta1),      static_cast<float>(beta2),     static_cast<float>(1 - beta1),
+                              static_cast<float>(1 - beta2)};
+    const Kernels* kernels = active();
+    parallel(tensors.numel, threads, 64, [&](std::size_t begin, std::size_t end) {
+        kernels->lion_step(tensors.part(begin, end), floats(exp_avg, begin), numbers);
+    });
+}
+
+void adagrad_step(const StepAddresses& tensors, Address sum, double grad_scale, double l2, double eps, double step_size,
+                  int threads) {
+    const AdagradNumbers numbers{static_cast<float>(grad_scale), static_cast<float>(l2), static_cast<float>(eps),
+                                 static_cast<float>(step_size)};
+    const Kernels* kernels = active();
+    parallel(tensors.numel, threads, 64, [&](std::size_t begin, std::size_t end) {
+        kernels->adagrad_step(tensors.part(begin, end), floats(sum, begin), numbers);
     });
 }
 
@@ -136,9 +174,15 @@ NB_MODULE(_core, module) {
         throw nb::value_error(("this processor does not run the kernels named '" + name + "'").c_str());
     }, "name"_a, "Use the named instruction set from now on.");
     const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
-    module.def("adam_step", &adam_step, unlocked, "param"_a, "grad"_a, "grad_dtype"_a, "exp_avg"_a, "exp_avg_sq"_a,
-               "out"_a, "out_dtype"_a, "numel"_a, "grad_scale"_a, "decay"_a, "l2"_a, "beta1"_a, "beta2"_a, "second"_a,
-               "eps"_a, "step_size"_a, "threads"_a);
+    nb::class_<StepAddresses>(module, "StepTensors")
+        .def(nb::init<Address, int, Address, int, Address, int, std::size_t>(), "param"_a, "param_dtype"_a, "grad"_a,
+             "grad_dtype"_a, "out"_a, "out_dtype"_a, "numel"_a);
+    module.def("adam_step", &adam_step, unlocked, "tensors"_a, "exp_avg"_a, "exp_avg_sq"_a, "grad_scale"_a, "decay"_a,
+               "l2"_a, "beta1"_a, "beta2"_a, "second"_a, "eps"_a, "step_size"_a, "threads"_a);
+    module.def("lion_step", &lion_step, unlocked, "tensors"_a, "exp_avg"_a, "grad_scale"_a, "decay"_a, "lr"_a,
+               "beta1"_a, "beta2"_a, "threads"_a);
+    module.def("adagrad_step", &adagrad_step, unlocked, "tensors"_a, "sum"_a, "grad_scale"_a, "l2"_a, "eps"_a,
+               "step_size"_a, "threads"_a);
     module.def("scaled_sum", &scaled_sum, unlocked, "inputs"_a, "dtype"_a, "out"_a, "out_dtype"_a, "numel"_a,
                "scale"_a, "accumulate"_a, "threads"_a);
     module.def("squared_sum", &squared_sum, unlocked, "data"_a, "dtype"_a, "numel"_a, "threads"_a);

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepspeed.native import AdamHyper, fused, kernels, reference
+from deepspeed.native import AdagradHyper, AdamHyper, LionHyper, fused, kernels, reference
 
 HYPER = AdamHyper(step=7, lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, grad_scale=0.5)
 VARIANTS = {
@@ -87,6 +87,40 @@ def test_without_the_core_adam_still_steps(variant: str, monkeypatch: pytest.Mon
     check_adam(kernels.adam_step, 1000, torch.bfloat16, VARIANTS[variant])
 
 
+LION = LionHyper(lr=1e-2, beta1=0.9, beta2=0.99, weight_decay=0.1, grad_scale=0.5)
+ADAGRAD = AdagradHyper(step=7, lr=1e-2, lr_decay=0.1, eps=1e-10, weight_decay=0.1, grad_scale=0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("param_dtype", DTYPES)
+@pytest.mark.parametrize(("name", "hyper"), [("lion_step", LION), ("adagrad_step", ADAGRAD)])
+def test_lion_and_adagrad_are_the_reference_step(
+    instruction_set: str, name: str, hyper: object, param_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    # torch's square root may be off by one, which a 16-bit number shows where it is between two.
+    exact = name == "lion_step"
+    relative = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+    for numel in SIZES:
+        results = []
+        for implementation in (kernels, reference):
+            param, grad, state = randn(numel, 0, param_dtype), randn(numel, 1, dtype), randn(numel, 2).square()
+            out = torch.empty(numel, dtype=dtype)
+            getattr(implementation, name)(param, grad, state, hyper=hyper, param_out=out)
+            results.append((param, state, out))
+        for ours, plain in zip(*results, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=0 if exact else relative[ours.dtype], atol=0 if exact else 1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adam_steps_16_bit_parameters_with_fp32_states(instruction_set: str, dtype: torch.dtype) -> None:
+    ours, theirs = ([t.clone() for t in adam_tensors(1000, dtype)] for _ in range(2))
+    for tensors, step in ((ours, kernels.adam_step), (theirs, reference.adam_step)):
+        tensors[0] = tensors[0].to(dtype)
+        step(*tensors, hyper=HYPER)
+    for mine, plain in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-5 if mine.dtype == torch.float32 else 1e-2, atol=1e-7)
+
+
 def test_the_fused_step_leaves_the_gradient_as_it_was() -> None:
     param, grad, first, second = adam_tensors(100, torch.float32)
     fused.adam_step(param, grad, first, second, hyper=HYPER)
@@ -97,11 +131,14 @@ def test_the_fused_step_leaves_the_gradient_as_it_was() -> None:
 def test_every_instruction_set_gives_the_same_bits() -> None:
     assert CORE is not None, "skipped without a core"
     results = []
+    threads = torch.get_num_threads()
     for name in INSTRUCTION_SETS:
         CORE.select(name)
-        tensors = adam_tensors(70_001, torch.bfloat16)
-        out = torch.empty(70_001, dtype=torch.float16)
+        torch.set_num_threads(1 + len(results))
+        tensors = adam_tensors(700_001, torch.bfloat16)
+        out = torch.empty(700_001, dtype=torch.float16)
         kernels.adam_step(*tensors, hyper=HYPER, param_out=out)
+        torch.set_num_threads(threads)
         results.append([*tensors, out])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

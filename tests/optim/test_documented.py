@@ -90,3 +90,18 @@ def test_the_groups_of_another_optimizer_are_taken_over():
 def test_what_is_not_done_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make(make_model().parameters())
+
+
+@pytest.mark.parametrize("kind", [DeepSpeedCPUAdam, DeepSpeedCPUAdagrad, DeepSpeedCPULion])
+def test_states_of_16_bit_parameters_are_fp32_also_when_they_are_loaded(kind):
+    parameter = nn.Parameter(torch.ones(7, dtype=torch.bfloat16))
+    optimizer, other = kind([parameter], lr=0.1), kind([nn.Parameter(torch.ones(7, dtype=torch.bfloat16))], lr=0.1)
+    parameter.grad = torch.linspace(0.1, 1, 7).bfloat16()
+    optimizer.step()
+    other.load_state_dict(optimizer.state_dict())
+    (mine,), (loaded,) = optimizer.state.values(), other.state.values()
+    for key, value in mine.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(loaded[key], value)
+    assert parameter.dtype == torch.bfloat16
+    assert (parameter < 1).all()

@@ -13,7 +13,7 @@ class OptimizerConfig(Section):
     """The optimizer that the engine builds where none is given to ``initialize``."""
 
     type: str = Field(
-        description="Its name, in any case: Adam, AdamW, Lion, Lamb, Muon, or one of torch.optim such as SGD or Adagrad."
+        description="Its name, in any case: Adam, AdamW, Lion, Adagrad, Lamb, Muon, or one of torch.optim such as SGD."
     )
     legacy_fusion: bool = key(False, "An old choice among CUDA kernels.")
     params: dict[str, Any] = key({}, 'Its keyword arguments (docs/optimizers.md). "auto" leaves an argument at its default.')

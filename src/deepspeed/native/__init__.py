@@ -7,7 +7,18 @@ Kernels that run over flat CPU tensors in one pass of memory: ``kernels`` decide
 
 from __future__ import annotations
 
-from .kernels import adam_step, available, scaled_sum, squared_norm, status
-from .reference import AdamHyper
+from .kernels import adagrad_step, adam_step, available, lion_step, scaled_sum, squared_norm, status
+from .reference import AdagradHyper, AdamHyper, LionHyper
 
-__all__ = ["AdamHyper", "adam_step", "available", "scaled_sum", "squared_norm", "status"]
+__all__ = [
+    "AdagradHyper",
+    "AdamHyper",
+    "LionHyper",
+    "adagrad_step",
+    "adam_step",
+    "available",
+    "lion_step",
+    "scaled_sum",
+    "squared_norm",
+    "status",
+]

@@ -13,9 +13,9 @@ CHUNK_NUMEL = 1 << 22
 """Elements updated by one call: a gradient that must be widened or scaled first costs a temporary of this size."""
 
 
-def supports(param: Tensor, hyper: AdamHyper) -> bool:
-    """Whether torch has a fused kernel for this step: it always corrects the bias."""
-    return hyper.bias_correction and param.device.type in ("cpu", "cuda")
+def supports(param: Tensor, state: Tensor, hyper: AdamHyper) -> bool:
+    """Whether torch has a fused kernel for this step: it always corrects the bias, and has one dtype."""
+    return hyper.bias_correction and param.dtype == state.dtype and param.device.type in ("cpu", "cuda")
 
 
 def adam_step(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import fused, reference
 from .core import load as _load
-from .reference import AdamHyper
+from .reference import AdagradHyper, AdamHyper, LionHyper
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes that the core computes on, by their number in ``csrc/kernels.hpp``."""
@@ -69,46 +69,108 @@ def adam_step(
     hyper: AdamHyper,
     param_out: Tensor | None = None,
 ) -> None:
-    """One Adam or AdamW step in place on ``param``, ``exp_avg`` and ``exp_avg_sq`` (1-D, contiguous, of one dtype and size).
+    """One Adam or AdamW step in place on ``param``, ``exp_avg`` and ``exp_avg_sq`` (1-D, contiguous, of one size).
 
-    ``grad`` may be fp32, bf16, fp16 or of the parameter's dtype; ``param_out``, if given, receives the updated
-    parameters in its dtype in the same pass. fp32 on a CPU runs compiled, on ``torch.get_num_threads()`` threads; the
-    formula is that of ``reference.adam_step``. TypeError and ValueError name the tensor that does not fit.
+    The states have the parameter's dtype or fp32. ``grad`` may be fp32, bf16, fp16 or of the states' dtype; ``param_out``,
+    if given, receives the updated parameters in its dtype in the same pass. With fp32 states on a CPU it runs compiled, on
+    ``torch.get_num_threads()`` threads; the formula is that of ``reference.adam_step``. TypeError and ValueError name the
+    tensor that does not fit.
     """
-    tensors = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    if param_out is not None:
-        tensors["param_out"] = param_out
-    _check_flat(tensors)
-    _check_dtype("param", param, (torch.float32, torch.float64, torch.bfloat16, torch.float16))
-    _check_dtype("exp_avg", exp_avg, (param.dtype,))
-    _check_dtype("exp_avg_sq", exp_avg_sq, (param.dtype,))
-    _check_dtype("grad", grad, (*DTYPE_CODES, param.dtype))
+    _check_step(param, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, param_out)
     if hyper.step < 1:
         raise ValueError(f"hyper.step is {hyper.step}: Adam's steps count from 1")
-    core = _core_for(*tensors.values()) if param.dtype == torch.float32 else None
+    core = _core_for_step(param, grad, exp_avg, param_out)
     if core is None:
-        step = fused.adam_step if fused.supports(param, hyper) else reference.adam_step
+        step = fused.adam_step if fused.supports(param, exp_avg, hyper) else reference.adam_step
         step(param, grad, exp_avg, exp_avg_sq, hyper=hyper, param_out=param_out)
         return
     first, second = hyper.corrections
     core.adam_step(
-        param=param.data_ptr(),
-        grad=grad.data_ptr(),
-        grad_dtype=DTYPE_CODES[grad.dtype],
+        _addresses(core, param, grad, param_out),
         exp_avg=exp_avg.data_ptr(),
         exp_avg_sq=exp_avg_sq.data_ptr(),
-        out=0 if param_out is None else param_out.data_ptr(),
-        out_dtype=0 if param_out is None else DTYPE_CODES[param_out.dtype],
-        numel=param.numel(),
         grad_scale=hyper.grad_scale,
         decay=1 - hyper.lr * hyper.weight_decay if hyper.decoupled else 1.0,
         l2=0.0 if hyper.decoupled else hyper.weight_decay,
         beta1=hyper.beta1,
         beta2=hyper.beta2,
-        second=second,
+        second=1 / second,
         eps=hyper.eps,
         step_size=-hyper.lr / first,
         threads=torch.get_num_threads(),
+    )
+
+
+def lion_step(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, *, hyper: LionHyper, param_out: Tensor | None = None
+) -> None:
+    """One Lion step in place on ``param`` and ``exp_avg``: ``reference.lion_step``, on tensors as in ``adam_step``. Compiled,
+    the bits are the same."""
+    _check_step(param, grad, {"exp_avg": exp_avg}, param_out)
+    core = _core_for_step(param, grad, exp_avg, param_out)
+    if core is None:
+        reference.lion_step(param, grad, exp_avg, hyper=hyper, param_out=param_out)
+        return
+    core.lion_step(
+        _addresses(core, param, grad, param_out),
+        exp_avg=exp_avg.data_ptr(),
+        grad_scale=hyper.grad_scale,
+        decay=1 - hyper.lr * hyper.weight_decay,
+        lr=hyper.lr,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        threads=torch.get_num_threads(),
+    )
+
+
+def adagrad_step(
+    param: Tensor, grad: Tensor, sum: Tensor, *, hyper: AdagradHyper, param_out: Tensor | None = None
+) -> None:
+    """One Adagrad step in place on ``param`` and ``sum``: ``reference.adagrad_step``, on tensors as in ``adam_step``."""
+    _check_step(param, grad, {"sum": sum}, param_out)
+    core = _core_for_step(param, grad, sum, param_out)
+    if core is None:
+        reference.adagrad_step(param, grad, sum, hyper=hyper, param_out=param_out)
+        return
+    core.adagrad_step(
+        _addresses(core, param, grad, param_out),
+        sum=sum.data_ptr(),
+        grad_scale=hyper.grad_scale,
+        l2=hyper.weight_decay,
+        eps=hyper.eps,
+        step_size=hyper.step_size,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _check_step(param: Tensor, grad: Tensor, states: dict[str, Tensor], param_out: Tensor | None) -> None:
+    tensors = {"param": param, "grad": grad, **states}
+    if param_out is not None:
+        tensors["param_out"] = param_out
+    _check_flat(tensors)
+    _check_dtype("param", param, (torch.float32, torch.float64, torch.bfloat16, torch.float16))
+    wide = torch.promote_types(param.dtype, torch.float32)
+    first, *others = states
+    _check_dtype(first, states[first], tuple({param.dtype: None, wide: None}))
+    for name in others:
+        _check_dtype(name, states[name], (states[first].dtype,))
+    _check_dtype("grad", grad, (*DTYPE_CODES, states[first].dtype))
+
+
+def _core_for_step(param: Tensor, grad: Tensor, state: Tensor, param_out: Tensor | None) -> ModuleType | None:
+    tensors = (param, grad, state) if param_out is None else (param, grad, state, param_out)
+    return _core_for(*tensors) if state.dtype == torch.float32 else None
+
+
+def _addresses(core: ModuleType, param: Tensor, grad: Tensor, out: Tensor | None) -> object:
+    return core.StepTensors(
+        param=param.data_ptr(),
+        param_dtype=DTYPE_CODES[param.dtype],
+        grad=grad.data_ptr(),
+        grad_dtype=DTYPE_CODES[grad.dtype],
+        out=0 if out is None else out.data_ptr(),
+        out_dtype=0 if out is None else DTYPE_CODES[out.dtype],
+        numel=param.numel(),
     )
 
 

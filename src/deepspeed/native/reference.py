@@ -36,6 +36,35 @@ class AdamHyper:
         return 1 - self.beta1**self.step, math.sqrt(1 - self.beta2**self.step)
 
 
+@dataclass(frozen=True)
+class LionHyper:
+    """Hyperparameters of one Lion step. ``grad_scale`` multiplies the gradient before anything else."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+    grad_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class AdagradHyper:
+    """Hyperparameters of one Adagrad step. ``step`` counts from 1; ``grad_scale`` multiplies the gradient before anything
+    else."""
+
+    step: int
+    lr: float
+    lr_decay: float
+    eps: float
+    weight_decay: float
+    grad_scale: float = 1.0
+
+    @property
+    def step_size(self) -> float:
+        """The learning rate of this step."""
+        return self.lr / (1 + (self.step - 1) * self.lr_decay)
+
+
 def adam_step(
     param: Tensor,
     grad: Tensor,
@@ -45,17 +74,18 @@ def adam_step(
     hyper: AdamHyper,
     param_out: Tensor | None = None,
 ) -> None:
-    """One Adam or AdamW step in place on fp32 ``param``, ``exp_avg`` and ``exp_avg_sq`` (1-D, equal sizes).
+    """One Adam or AdamW step in place on ``param``, ``exp_avg`` and ``exp_avg_sq`` (1-D, equal sizes).
 
-    ``grad`` may be fp32, bf16 or fp16; ``param_out`` (bf16 or fp16) receives the updated parameters too. The formula
+    The step computes in the states' dtype, fp32 say; ``param`` and ``grad`` may be narrower, and ``param_out`` receives
+    the updated parameters too. The formula
     is torch's: ``p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)``, after ``p *= 1 - lr * decay``
     where the decay is decoupled. Source: Kingma & Ba (2015); Loshchilov & Hutter (2019).
     """
     first, second = hyper.corrections
     for start in range(0, param.numel(), CHUNK_NUMEL):
         part = slice(start, start + CHUNK_NUMEL)
-        p, m, v = param[part], exp_avg[part], exp_avg_sq[part]
-        g = grad[part].to(param.dtype)
+        m, v = exp_avg[part], exp_avg_sq[part]
+        p, g = param[part].to(m.dtype), grad[part].to(m.dtype)
         if hyper.grad_scale != 1.0:
             g = g * hyper.grad_scale
         if hyper.weight_decay:
@@ -66,8 +96,43 @@ def adam_step(
         m.lerp_(g, 1 - hyper.beta1)
         v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
         p.addcdiv_(m, v.sqrt().div_(second).add_(hyper.eps), value=-hyper.lr / first)
-        if param_out is not None:
-            param_out[part] = p
+        _put(p, part, param, param_out)
+
+
+def lion_step(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, *, hyper: LionHyper, param_out: Tensor | None = None
+) -> None:
+    """One Lion step in place on ``param`` and ``exp_avg``, in dtypes as with ``adam_step``: ``p = p * (1 - lr * decay) -
+    sign(beta1 * m + (1 - beta1) * g) * lr``, then ``m = beta2 * m + (1 - beta2) * g``. Source: Chen et al. (2023)."""
+    for start in range(0, param.numel(), CHUNK_NUMEL):
+        part = slice(start, start + CHUNK_NUMEL)
+        m = exp_avg[part]
+        p, g = param[part].to(m.dtype), grad[part].to(m.dtype) * hyper.grad_scale
+        sign = (m * hyper.beta1 + g * (1 - hyper.beta1)).sign_()
+        m.copy_(m * hyper.beta2 + g * (1 - hyper.beta2))
+        _put(p * (1 - hyper.lr * hyper.weight_decay) - sign * hyper.lr, part, param, param_out)
+
+
+def adagrad_step(
+    param: Tensor, grad: Tensor, sum: Tensor, *, hyper: AdagradHyper, param_out: Tensor | None = None
+) -> None:
+    """One Adagrad step in place on ``param`` and ``sum``, in dtypes as with ``adam_step``: ``s += g * g``, then
+    ``p -= g / (sqrt(s) + eps) * step_size``, with ``g += weight_decay * p`` before. Source: Duchi et al. (2011)."""
+    for start in range(0, param.numel(), CHUNK_NUMEL):
+        part = slice(start, start + CHUNK_NUMEL)
+        s = sum[part]
+        p = param[part].to(s.dtype)
+        g = grad[part].to(s.dtype) * hyper.grad_scale + p * hyper.weight_decay
+        s.add_(g * g)
+        _put(p - g / (s.sqrt() + hyper.eps) * hyper.step_size, part, param, param_out)
+
+
+def _put(values: Tensor, part: slice, param: Tensor, param_out: Tensor | None) -> None:
+    """Write the updated ``values`` where they belong."""
+    if values.data_ptr() != param[part].data_ptr():
+        param[part] = values
+    if param_out is not None:
+        param_out[part] = values
 
 
 def scaled_sum(inputs: Sequence[Tensor], *, out: Tensor, scale: float = 1.0, accumulate: bool = False) -> None:

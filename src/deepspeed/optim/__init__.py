@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .factory import build_optimizer, split_parameter_groups
 from .lamb import Lamb
@@ -23,6 +24,7 @@ from .sharding import ShardUpdate, Stepper, has_stepped, make_stepper, refuse_al
 
 __all__ = [
     "VALID_LR_SCHEDULES",
+    "Adagrad",
     "Adam",
     "AdamW",
     "DynamicLossScaler",

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import native
+from .one_pass import OnePassOptimizer, new_state, update_flat
 
 
-class Adam(torch.optim.Optimizer):
+class Adam(OnePassOptimizer):
     """Adam with L2 regularization or, with ``adam_w_mode``, decoupled weight decay (AdamW).
 
-    Steps on ordinary parameters as ``torch.optim.Adam`` and ``AdamW`` do, and on a flat fp32 slice in one pass that
-    reads a gradient of any floating dtype and writes the 16-bit parameters too (``step_shard``).
-    """
+    Source: Kingma & Ba (2015); Loshchilov & Hutter (2019)."""
 
     def __init__(
         self,
@@ -43,32 +42,16 @@ class Adam(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(group, parameter, parameter.grad, 1.0, None)
-        return loss
-
-    @torch.no_grad()
-    def step_shard(self, shard: Tensor, gradient: Tensor, *, gradient_scale: float, out: Tensor | None) -> None:
-        """Update ``shard``, one of the parameters, from ``gradient`` times ``gradient_scale``; write it to ``out``."""
-        for group in self.param_groups:
-            if any(parameter is shard for parameter in group["params"]):
-                self._update(group, shard, gradient, gradient_scale, out)
-                return
-        raise ValueError("step_shard() was given a tensor that is in none of the optimizer's parameter groups")
-
     def _update(
-        self, group: dict[str, Any], parameter: Tensor, gradient: Tensor, gradient_scale: float, out: Tensor | None
+        self,
+        group: dict[str, Any],
+        parameter: Tensor,
+        flat: Tensor,
+        gradient: Tensor,
+        gradient_scale: float,
+        out: Tensor | None,
     ) -> None:
-        update_with_adam(self.state[parameter], group, parameter, gradient, gradient_scale, out)
+        _step(self.state[parameter], group, parameter, flat, gradient, gradient_scale, out)
 
 
 class AdamW(Adam):
@@ -95,10 +78,22 @@ def update_with_adam(
     out: Tensor | None,
 ) -> None:
     """One Adam step of ``parameter`` with the options in ``group``; ``state`` is filled at the first."""
+    update_flat(parameter, lambda flat: _step(state, group, parameter, flat, gradient.reshape(-1), gradient_scale, out))
+
+
+def _step(
+    state: dict[str, Any],
+    group: dict[str, Any],
+    parameter: Tensor,
+    flat: Tensor,
+    gradient: Tensor,
+    gradient_scale: float,
+    out: Tensor | None,
+) -> None:
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32)
-        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+        state["exp_avg"] = new_state(parameter)
+        state["exp_avg_sq"] = new_state(parameter)
     state["step"] += 1
     beta1, beta2 = group["betas"]
     hyper = native.AdamHyper(
@@ -112,8 +107,5 @@ def update_with_adam(
         bias_correction=group["bias_correction"],
         grad_scale=gradient_scale,
     )
-    flat = parameter.reshape(-1)
     moments = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-    native.adam_step(flat, gradient.reshape(-1), *moments, hyper=hyper, param_out=out)
-    if not parameter.is_contiguous():
-        parameter.copy_(flat.view(parameter.shape))
+    native.adam_step(flat, gradient, *moments, hyper=hyper, param_out=out)

@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
+from .adagrad import Adagrad
 from .adam import Adam
 from .lamb import Lamb
 from .lion import Lion
 
 
 class DeepSpeedCPUAdam(Adam):
-    """Adam, by default with decoupled weight decay (``adamw_mode``); its states are fp32."""
+    """Adam, by default with decoupled weight decay (``adamw_mode``); its states are fp32, also of 16-bit parameters."""
 
     def __init__(
         self,
@@ -109,7 +108,7 @@ class FusedLion(Lion):
         super().__init__(params, lr, betas, weight_decay)
 
 
-class DeepSpeedCPUAdagrad(torch.optim.Adagrad):
+class DeepSpeedCPUAdagrad(Adagrad):
     """Adagrad; its state is fp32."""
 
     def __init__(

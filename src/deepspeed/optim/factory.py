@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .arguments import checked_arguments, closest
 from .lamb import Lamb
@@ -55,6 +56,7 @@ OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     **{kind.__name__: kind for kind in ELEMENTWISE},
     Adam.__name__: _adam,
     AdamW.__name__: _adamw,
+    "Adagrad": Adagrad,
     "Lion": Lion,
     "Lamb": Lamb,
     "Muon": Muon,
