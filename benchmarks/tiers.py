@@ -104,27 +104,30 @@ def work(options: argparse.Namespace) -> None:
     with os.fdopen(3, "w") as answers:
         for index, _ in enumerate(sys.stdin):
             tokens = torch.randint(0, options.vocabulary, (1, 33), generator=torch.Generator().manual_seed(index))
-            times, moved = [time.perf_counter()], [kernel_counts(options.folder)]
-            for part in (lambda: engine.backward(engine(tokens)), engine.step):
-                part()
-                times.append(time.perf_counter())
-                moved.append(kernel_counts(options.folder))
-            compute, step = (
-                {"seconds": after - before, **{key: n[key] - b[key] for key in n}}
-                for before, after, b, n in zip(times, times[1:], moved, moved[1:])  # noqa: B905, RUF007: any Python
-            )
+            began = counts(options.folder)
+            engine.backward(engine(tokens))
+            computed = counts(options.folder)
+            engine.step()
+            stepped = counts(options.folder)
+            compute = {key: computed[key] - began[key] for key in began}
+            step = {key: stepped[key] - computed[key] for key in began}
             print(json.dumps({"parameters": count, "compute": compute, "step": step}), file=answers, flush=True)
 
 
-def kernel_counts(folder: Path) -> dict[str, int]:
-    """Bytes that this process read and wrote so far, and requests and bytes of the device that holds ``folder``."""
+def counts(folder: Path) -> dict[str, float]:
+    """The time in seconds, bytes that this process has read and written, and requests and bytes of the device of ``folder``."""
     lines = Path("/proc/self/io").read_text().splitlines()
     mine = {key: int(value) for key, _, value in (line.partition(": ") for line in lines)}
-    found = {"read": mine["read_bytes"], "written": mine["write_bytes"]}
     number = folder.stat().st_dev
     stat = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat")
     fields = [int(value) for value in stat.read_text().split()] if stat.exists() else [0] * 8
-    return {**found, "requests": fields[0] + fields[4], "request_bytes": (fields[2] + fields[6]) * SECTOR}
+    return {
+        "seconds": time.perf_counter(),
+        "read": mine["read_bytes"],
+        "written": mine["write_bytes"],
+        "requests": fields[0] + fields[4],
+        "request_bytes": (fields[2] + fields[6]) * SECTOR,
+    }
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
@@ -159,13 +162,17 @@ def start(name: str, python: str, folder: Path, stack: ExitStack) -> Candidate:
     read, write = os.pipe()
     worker = [sys.argv[0], str(folder), *sys.argv[2:], "--worker"]
     environment = {
-        **{"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randint(20_000, 60_000)), **os.environ},
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(random.randint(20_000, 60_000)),
+        **os.environ,
     }
     shell = ["/bin/sh", "-c", f'exec "$@" 3>&{write} 1>&2', "sh"]
-    process = subprocess.Popen(
-        [*shell, python, *worker], stdin=subprocess.PIPE, text=True, pass_fds=[write], env=environment
-    )
+    process = subprocess.Popen([*shell, python, *worker], stdin=subprocess.PIPE, text=True, pass_fds=[write], env=environment)
     os.close(write)
     answers = stack.enter_context(os.fdopen(read))
     stack.callback(process.wait)
