@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -302,3 +305,50 @@ def test_states_that_are_replaced_keep_neither_memory_nor_a_place(ranks, tmp_pat
     zero = on_disk(tmp_path / "nvme", "offload_optimizer")
     for memory, places, memory_later, places_later in ranks(2, loaded_twice, zero, str(tmp_path / "checkpoints")):
         assert memory == memory_later == 0 and places == places_later > 0
+
+
+def room_used(training_: Training, stage: int) -> list[tuple[int, int, int]]:
+    """Of each file: bytes that had their places reserved at initialize, that have places after two steps, and its size."""
+    engine = make_engine(training_, stage)
+    tiers = engine.optimizer.flat.tiers
+    files = [file for file in (tiers.parameters, tiers.states) if file is not None]
+    reserved = [file._file.nbytes for file in files]
+    for index in range(2):
+        step(engine, index, engine.backward)
+        engine.step()
+    found = [(before, file.nbytes, file._file.nbytes) for before, file in zip(reserved, files, strict=True)]
+    engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize(("mode", "stage"), [("bf16", 3), ("sgd", 2), ("fp16", 1)])
+def test_room_on_the_disk_is_reserved_at_initialize_to_the_byte(ranks, tmp_path, mode, stage):
+    zero = on_disk(tmp_path, *(EVERYTHING if stage == 3 else ("offload_optimizer",)))
+    for files in ranks(2, room_used, training(mode, 2, **zero), stage):
+        for reserved, placed, size in files:
+            assert reserved == placed == size > 0
+
+
+def initialized_with(training_: Training, free: int) -> tuple[str, str]:
+    """What ``initialize`` raises where the disk has so many bytes free."""
+    real = os.statvfs
+
+    def statvfs(path: object) -> object:
+        found = real(path)
+        return SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=found.f_blocks)
+
+    with mock.patch("os.statvfs", statvfs):
+        try:
+            make_engine(training_, 3).destroy()
+        except OSError as error:
+            return type(error).__name__, str(error)
+    return "", ""
+
+
+def test_a_disk_that_is_too_small_is_an_error_with_the_arithmetic_on_every_rank(ranks, tmp_path):
+    tiered = training("bf16", **on_disk(tmp_path, *EVERYTHING))
+    for kind, text in ranks(2, initialized_with, tiered, 100_000):
+        assert kind == "OSError"
+        assert "each of 2 ranks has" in text and "of gradients + " in text and "has 0.100 MB free" in text
+    assert not list(tmp_path.iterdir())
+    assert ranks(2, initialized_with, tiered, 10**9) == [("", "")] * 2

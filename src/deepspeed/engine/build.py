@@ -25,6 +25,7 @@ from ..zero.plan import WHOLE, UnitLimits, plan_units
 from ..zero.policy import ZeroPolicy
 from ..zero.reducer import GradientReducer, ReductionSettings
 from ..zero.released import shape_of
+from ..zero.room import StateSizes, needed_room, optimizer_state_sizes, reserve_room
 from ..zero.sharding import ModelLayout, ShardedModel, move_in
 from ..zero.tiers import GradientTier, open_tiers, refuse_other_devices
 from ..zero.unfreezing import FrozenParameters
@@ -207,6 +208,14 @@ def shard_model(
     layout = build_layout(module, named, options, config=config, precision=precision, ranks=groups.shards.size)
     fetching = fetch_groups(config, groups) if layout.plan.names else groups
     tiers = on_all_ranks(lambda: open_tiers(config), communicator, what="deepspeed.initialize")
+    policy = ZeroPolicy.for_stage(config.zero_optimization.stage)
+    if tiers.parameters is not None or tiers.states is not None:
+        sizes = StateSizes(
+            optimizer_state_sizes(optimizer, groups.shards) if optimizer is not None and tiers.states is not None else (),
+            gradients=policy.shard_gradients,
+            gradient_dtype=precision.kept_dtype(config.gradient_accumulation_steps),
+        )
+        reserve_room(module, needed_room(layout, tiers, sizes), tiers, communicator)
     model = move_in(module, layout, groups, fetching, fetch_limits(config), tiers)
     moved = {id(p) for flat in (model.trained, model.frozen) for p in flat.parameters.values()}
     precision.cast_module(module, keep=lambda tensor: id(tensor) in moved)
@@ -216,7 +225,6 @@ def shard_model(
     size = config.zero_optimization.bucket_numel
     frozen = FrozenParameters(dict(module.named_parameters()), options, bucket_numel=size)
     settings = reduction_settings(config, precision, ranks=communicator.size)
-    policy = ZeroPolicy.for_stage(config.zero_optimization.stage)
     below = GradientTier(tiers.states) if tiers.states is not None and policy.shard_gradients else None
     reducer = GradientReducer(
         layout.trained,

@@ -29,6 +29,11 @@ ALIGNMENT = 4096
 """Bytes to which places in a file are aligned: disks write whole blocks."""
 
 
+def whole_blocks(nbytes: int) -> int:
+    """What ``nbytes`` take in a file."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 class Residence(Enum):
     """Where the bytes of an evictable are."""
 
@@ -158,8 +163,12 @@ class FileTier:
         key = id_of(storage)
         if key not in self._known:
             self._known[key] = Evictable(storage, self._file, self.nbytes)
-            self.nbytes += -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
+            self.nbytes += whole_blocks(storage.nbytes())
         return self._known[key]
+
+    def reserve(self, nbytes: int) -> None:
+        """Have room on the disk for so many bytes more than have a place now. FileTransferError where it has not."""
+        self._file.reserve(self.nbytes + nbytes)
 
     def forget(self, tensor: Tensor) -> None:
         """Give up the place of ``tensor`` in the file: it is needed no more, or stays in memory from now on."""
@@ -190,18 +199,17 @@ class Chunk:
         found = {id(evictable): evictable for source in self._sources for evictable in source()}
         return list(found.values())
 
-    def start_fetch(self) -> None:
-        """Begin to read what is not in memory."""
+    def start_fetch(self, *, save: Evictable | None = None) -> None:
+        """Begin to read what is not in memory, ``save`` one."""
         for evictable in self.evictables():
-            evictable.start_fetch()
+            if evictable is not save:
+                evictable.start_fetch()
 
-    def fetch(self) -> None:
-        """Have all in memory."""
-        evictables = self.evictables()
-        for evictable in evictables:
-            evictable.start_fetch()
-        for evictable in evictables:
-            evictable.fetch()
+    def fetch(self, *, save: Evictable | None = None) -> None:
+        """Have all in memory, ``save`` one whose bytes are to be overwritten: it has memory, and is not read."""
+        self.start_fetch(save=save)
+        for evictable in self.evictables():
+            evictable.claim() if evictable is save else evictable.fetch()
 
     def claim(self) -> None:
         """Have memory for all, to be overwritten."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 SHORT_FILE = -1
 """The number, beside those of ``errno``, for a file that ends before what is to be read of it."""
@@ -92,9 +93,9 @@ def _advice(path: str, number: int) -> str:
 
 
 def _free(path: str) -> str:
-    """The free space of the file system that holds ``path``."""
+    """The free space of the file system that holds ``path``, which may have lost its name."""
     try:
-        found = os.statvfs(path)
+        found = os.statvfs(path if Path(path).exists() else Path(path).parent)
     except OSError:
         return "its free space is unknown"
     return f"its file system has {found.f_bavail * found.f_frsize} bytes free of {found.f_blocks * found.f_frsize}"

@@ -199,6 +199,11 @@ class File:
         ``submit_read``."""
         return self._submit(tensor, offset, writing=True)
 
+    def reserve(self, nbytes: int) -> None:
+        """Give the file at least this size, and its room on the disk. FileTransferError where there is not enough."""
+        if nbytes:
+            _reserve(self.path, self._file.target.buffered, nbytes)
+
     def discard(self, offset: int, nbytes: int) -> None:
         """Give the room of these bytes back to the file system where it can take that; then they read as zeros. No transfer
         uses them."""

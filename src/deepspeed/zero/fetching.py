@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from .arriving import Hops
 from .order import END, FetchOrder
 from .units import ParameterUnit, UnitState
 
@@ -29,14 +30,15 @@ class FetchLimits:
 
 
 class UnitFetcher:
-    """Fetches and releases ``units``."""
+    """Fetches and releases ``units``, whose ``hops`` go on whenever one is needed or let go."""
 
-    def __init__(self, units: Sequence[ParameterUnit], limits: FetchLimits):
+    def __init__(self, units: Sequence[ParameterUnit], limits: FetchLimits, hops: Hops | None = None):
         self.units = tuple(units)
         self.live_numel = sum(unit.numel for unit in units if unit.state is not UnitState.SHARDED)
         """Elements of the units that have memory for all of them now."""
         self.most_live_numel = 0
         self._limits = limits
+        self._hops = hops or Hops()
         self._order = FetchOrder()
         # Those to have before they are needed, nearest first, and what is to join them: good as long as guesses are right
         # and nobody releases one of them.
@@ -60,12 +62,14 @@ class UnitFetcher:
                 unit.start_fetch()
         if wanted:
             self._fetch_ahead()
+            self._hops.advance()
         for unit in wanted:
             unit.finish_fetch()
 
     def let_go(self, units: Iterable[ParameterUnit]) -> None:
         """Take back a ``hold``; what nobody holds any more is released, or set aside where it is expected or would be fetched
         ahead again."""
+        self._hops.advance()
         for unit in units:
             unit.holds -= 1
             if not unit.holds:

@@ -14,6 +14,7 @@ from ..comm.sharding import ShardGroups
 from ..memory.layout import FlatLayout, ParameterSpec
 from ..optim.segments import FlatShard
 from . import released
+from .arriving import Hops
 from .fetching import FetchLimits, UnitFetcher
 from .parameters import FlatParameters, unchanged
 from .plan import UnitPlan
@@ -134,10 +135,11 @@ def move_in(
                     Resident(flat.parameters[placement.spec.name], flat, bucket, communicator)
     if layout.plan.gives_homes:
         _replicate([p for p in named.values() if home_of(p) is None], communicator)
-    units = [ParameterUnit(index, name, parts[index], fetching) for index, name in enumerate(layout.plan.names)]
+    hops = Hops()
+    units = [ParameterUnit(index, name, parts[index], fetching, hops) for index, name in enumerate(layout.plan.names)]
     modules = dict(module.named_modules())
     needs = {modules[name]: [units[index] for index in indices] for name, indices in layout.plan.needs.items()}
-    scopes = ModuleScopes(UnitFetcher(units, limits), needs)
+    scopes = ModuleScopes(UnitFetcher(units, limits, hops), needs)
     trained.settle = scopes.settle
     frozen.presence = trained.presence
     return ShardedModel(module, trained, frozen, scopes, groups, fetching)

@@ -45,11 +45,12 @@ def in_turn(updates: Sequence[ShardUpdate], flat: FlatParameters, reducer: Gradi
     """``updates``, each while its chunk is in memory. Whoever asks for the next is done with the last."""
     ahead, behind = flat.tiers.ahead, flat.tiers.behind
     chunks = [flat.chunks[update.shard.bucket.index] for update in updates]
+    overwritten = [_overwritten(update, flat) for update in updates]
     try:
         for index, update in enumerate(updates):
-            for chunk in chunks[index : index + 1 + ahead]:
-                chunk.start_fetch()
-            chunks[index].fetch()
+            for coming in range(index, min(index + 1 + ahead, len(chunks))):
+                chunks[coming].start_fetch(save=overwritten[coming])
+            chunks[index].fetch(save=overwritten[index])
             yield update
             for evictable in _gradients_below(reducer, update.shard.bucket):
                 evictable.drop()
@@ -59,6 +60,16 @@ def in_turn(updates: Sequence[ShardUpdate], flat: FlatParameters, reducer: Gradi
     finally:
         for chunk in chunks:
             chunk.evict()
+
+
+def _overwritten(update: ShardUpdate, flat: FlatParameters) -> Evictable | None:
+    """What of the chunk of ``update`` need not be read, for the step writes all of it: the 16-bit slice, unless a part of it
+    is of parameters that are left alone."""
+    tier = flat.parameter_tiers[update.shard.bucket.index]
+    if tier is None or update.out is None or not update.out.numel():
+        return None
+    whole = all(fragment.spec.name not in update.unused for fragment in update.shard.fragments)
+    return tier.evictable(update.out) if whole else None
 
 
 def _below_memory(optimizer: ShardedOptimizer, shard: FlatShard) -> list[Evictable]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +50,11 @@ class Tiers:
     states_in_memory: Allowance = field(default_factory=Allowance)
     ahead: bool = True
     behind: bool = True
+
+    def asked_in_advance(self) -> Tiers:
+        """The same, to be asked what these will answer later."""
+        copies = {name: replace(getattr(self, name)) for name in ("parameters_in_memory", "states_in_memory")}
+        return replace(self, **copies)
 
     def of_parameters(self, bucket: Bucket) -> FileTier | None:
         """The tier of the slice of ``bucket``. Asked once."""

@@ -30,6 +30,7 @@ from ..memory.layout import Bucket
 from ..memory.tiers import Chunk
 from ..native.files import FileTransfer
 from . import released
+from .arriving import Hops
 from .parameters import FlatParameters
 from .presence import OffloadStateTypeEnum
 
@@ -67,8 +68,7 @@ class UnitPart:
         self.bucket = bucket
         self.second: Tensor | None = None
         self.views: list[tuple[nn.Parameter, Tensor]] = [
-            (flat.parameters[place.spec.name], flat.view(bucket, place).view(place.spec.shape))
-            for place in bucket.placements
+            (flat.parameters[place.spec.name], flat.view(bucket, place).view(place.spec.shape)) for place in bucket.placements
         ]
 
     @property
@@ -81,9 +81,9 @@ class UnitPart:
         """The buffer (1-D)."""
         return self.flat.buffers[self.bucket.index]
 
-    def start_fetch(self, communicator: Communicator, *, tag: int, purpose: str, second: bool = False) -> Pending:
+    def start_fetch(self, communicator: Communicator, hops: Hops, *, tag: int, purpose: str, second: bool = False) -> Pending:
         """Begin to gather the whole buffer from ``communicator``'s slices, under a tag of its unit's: the ranks' own ones, or
-        the second ones."""
+        the second ones. Those on a disk come by ``hops``."""
         self.flat.presence.require(f"the {purpose}", OffloadStateTypeEnum.lp_params)
         if not self.flat.keeps_apart(self.bucket):
             return DONE
@@ -97,7 +97,7 @@ class UnitPart:
         def gather() -> Pending:
             return communicator.all_gather(self.whole, tag=tag, purpose=purpose)
 
-        return gather() if reading is None else _GatherOfRead(reading, gather)
+        return hops.start(reading, gather)
 
     def keep_second(self, nearby: Communicator) -> None:
         """Keep this rank's second slice of the buffer, which is whole."""
@@ -133,28 +133,16 @@ class UnitPart:
         self.whole.untyped_storage().resize_(0)
 
 
-class _GatherOfRead:
-    """A ``gather`` that begins when the own slice has been read: when it is waited for. All ranks wait in one order."""
-
-    def __init__(self, reading: FileTransfer, gather: Callable[[], Pending]):
-        self._reading = reading
-        self._gather = gather
-
-    def wait(self) -> None:
-        self._reading.wait()
-        self._gather().wait()
-
-
 class ParameterUnit:
     """The parameters of ``parts``, all sharded or all whole. ``holds`` counts who needs it whole now; ``on_touch`` is called
     for a parameter that is computed with while it is released, ``on_hold`` where the unit is made whole by hand,
     ``on_memory`` when the whole buffers get memory or lose it; ``freed`` is told of memory that ``let_go`` frees, outside of
-    training steps. Released parameters have the shape (0,) where ``shows_sizes`` is False, and else their own, for who
-    asks."""
+    training steps; ``hops``, of all units that share ``groups``, orders what comes from a disk. Released parameters have the
+    shape (0,) where ``shows_sizes`` is False, and else their own, for who asks."""
 
     ranks_agree = True
 
-    def __init__(self, index: int, name: str, parts: Sequence[UnitPart], groups: ShardGroups):
+    def __init__(self, index: int, name: str, parts: Sequence[UnitPart], groups: ShardGroups, hops: Hops | None = None):
         self.index = index
         self.name = name
         self.parts: tuple[UnitPart, ...] = ()
@@ -167,6 +155,7 @@ class ParameterUnit:
         self.on_memory: OnMemory = lambda unit, change: None
         self.freed: FreedMemory | None = None
         self.shows_sizes = False
+        self.hops = hops or Hops()
         self._groups = groups
         self._pending: list[Pending] = []
         self._has_second_copy = False
@@ -196,7 +185,9 @@ class ParameterUnit:
             nearby = self._groups.nearby if self._has_second_copy else None
             second, group = nearby is not None, nearby or self._groups.shards
             with torch.no_grad():
-                fetch = partial(UnitPart.start_fetch, communicator=group, tag=tag, purpose=purpose, second=second)
+                fetch = partial(
+                    UnitPart.start_fetch, communicator=group, hops=self.hops, tag=tag, purpose=purpose, second=second
+                )
                 self._pending = [fetch(part) for part in self.parts]
             self.state = UnitState.FETCHED
             self.on_memory(self, self.numel)
