@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from ..comm.communicator import Communicator
-from ..comm.groups import group_timeout
 from .directory import Attempt, CheckpointError, begin_on_all_ranks, file_name, on_all_ranks
 from .ownership import Claim
 from .writer import Pieces, Written
@@ -59,11 +58,16 @@ class BackgroundSaves:
 
 
 def save_in_background(
-    saves: BackgroundSaves, attempt: Attempt, groups: Sequence[Pieces], index: Mapping[str, Any], communicator: Communicator
+    saves: BackgroundSaves,
+    attempt: Attempt,
+    groups: Sequence[Pieces],
+    index: Mapping[str, Any],
+    communicator: Communicator,
+    patience: float,
 ) -> None:
-    """As ``write_checkpoint``, but return when the ``groups`` have been copied. Called on all ranks."""
+    """As ``write_checkpoint``, but return when the ``groups`` have been copied. A rank from which nothing comes for
+    ``patience`` seconds is taken for dead. Called on all ranks."""
     what, rank = f"saving {attempt.directory / attempt.tag}", communicator.rank
-    patience = group_timeout(communicator.group).total_seconds()
     claim = begin_on_all_ranks(attempt, communicator)
     try:
         copies = on_all_ranks(lambda: [group.snapshot() for group in groups], what, communicator)

@@ -24,6 +24,7 @@ from ..checkpoint.script import write_script
 from ..checkpoint.values import encode
 from ..checkpoint.writer import Piece, Pieces
 from ..comm.communicator import Communicator
+from ..comm.groups import group_timeout
 from ..memory.tiers import Chunk
 from ..optim.segments import FlatShard, Segment, is_elementwise
 from ..zero.optimizer import ShardedOptimizer
@@ -84,7 +85,8 @@ def save_training_checkpoint(
     attempt = Attempt(directory, tag, communicator.size, keep=settings.keep_last, latest=save_latest)
     on_all_ranks(add_script, f"saving {directory / tag}", communicator)
     if settings.async_save and all(in_memory for _, _, in_memory in everyones):
-        save_in_background(engine._saves, attempt, groups, index, communicator)
+        patience = group_timeout(communicator.group).total_seconds()
+        save_in_background(engine._saves, attempt, groups, index, communicator, patience)
     else:
         write_checkpoint(attempt, groups, index, communicator)
 
