@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "file_module.hpp"
+#include "hash.hpp"
 #include "kernels.hpp"
 
 namespace nb = nanobind;
@@ -150,6 +151,13 @@ double squared_sum(Address data, int dtype, std::size_t numel, int threads) {
     return total;
 }
 
+void hash_blocks(Address data, std::size_t nbytes, std::size_t block, Address out) {
+    const auto* bytes = reinterpret_cast<const unsigned char*>(data);
+    auto* hashes = reinterpret_cast<std::uint64_t*>(out);
+    for (std::size_t start = 0; start < nbytes; start += block)
+        *hashes++ = xxh64(bytes + start, std::min(block, nbytes - start));
+}
+
 }  // namespace
 }  // namespace deepspeed
 
@@ -186,5 +194,7 @@ NB_MODULE(_core, module) {
     module.def("scaled_sum", &scaled_sum, unlocked, "inputs"_a, "dtype"_a, "out"_a, "out_dtype"_a, "numel"_a,
                "scale"_a, "accumulate"_a, "threads"_a);
     module.def("squared_sum", &squared_sum, unlocked, "data"_a, "dtype"_a, "numel"_a, "threads"_a);
+    module.def("hash_blocks", &hash_blocks, unlocked, "data"_a, "nbytes"_a, "block"_a, "out"_a,
+               "The XXH64 of each block of bytes, the last of which may be shorter.");
     bind_files(module);
 }

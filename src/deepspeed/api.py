@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
 from .accelerator import get_accelerator
 from .checkpoint.activations import checkpointing
@@ -20,6 +20,7 @@ from .comm.communicator import Communicator
 from .config import ConfigError, DeepSpeedConfig, load_config
 from .engine.build import OptimizerArgument, OptimizerRequest, build_lr_scheduler, shard_model
 from .engine.engine import DeepSpeedEngine
+from .engine.loader import ResumableSampler
 from .engine.parts import EngineParts
 from .engine.precision import PrecisionPolicy
 from .logs import log_dist, logger
@@ -119,11 +120,10 @@ def _dataloader(
     communicator: Communicator,
     collate_fn: Callable[[list[Any]], Any] | None,
 ) -> DataLoader[Any]:
-    sampler: DistributedSampler[Any] = DistributedSampler(data, communicator.size, communicator.rank)
     return DataLoader(
         data,
         batch_size=config.train_micro_batch_size_per_gpu,
-        sampler=sampler,
+        sampler=ResumableSampler(data, communicator.size, communicator.rank),
         collate_fn=collate_fn,
         drop_last=config.dataloader_drop_last,
     )

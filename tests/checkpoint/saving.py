@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspeed.checkpoint.directory import write_checkpoint, write_latest
+from deepspeed.checkpoint.directory import Attempt, write_checkpoint
 from deepspeed.checkpoint.reader import WEIGHT, CheckpointReader, piece_name
 from deepspeed.checkpoint.writer import Piece, Pieces
 
@@ -27,11 +27,10 @@ def pieces(value: float) -> dict[str, Tensor]:
     }
 
 
-def save(directory: Path, tag: str, value: float, communicator: Any = ALONE) -> None:
+def save(directory: Path, tag: str, value: float, communicator: Any = ALONE, *, keep: int | None = None) -> None:
     index = {"shapes": {name: list(shape) for name, shape in SHAPES.items()}, "value": value}
     named = {name: Piece(tensor) for name, tensor in pieces(value).items()}
-    write_checkpoint(directory, tag, [Pieces(named)], index, communicator)
-    write_latest(directory, tag, communicator)
+    write_checkpoint(Attempt(directory, tag, communicator.size, keep), [Pieces(named)], index, communicator)
 
 
 def load(path: Path) -> tuple[float, dict[str, Tensor]]:

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from deepspeed.checkpoint.directory import (
+    Attempt,
     CheckpointError,
     checksum,
+    file_name,
     find_checkpoint,
     on_all_ranks,
     read_latest,
@@ -20,6 +22,7 @@ from deepspeed.checkpoint.directory import (
 )
 from deepspeed.checkpoint.writer import Piece, Pieces
 from deepspeed.comm.communicator import Communicator
+from deepspeed.native.hashing import EMPTY
 from tests.checkpoint.saving import ALONE, is_saved, load, save
 
 
@@ -33,6 +36,41 @@ def test_a_save_leaves_its_directory_and_latest(tmp_path):
     assert names(tmp_path / "deep" / "down" / "first") == ["index.json", "rank_00000.safetensors"]
     assert read_latest(tmp_path / "deep" / "down") == "first"
     assert is_saved(load(find_checkpoint(tmp_path / "deep" / "down", "first")), 1.0)
+
+
+def test_the_newest_whole_checkpoints_stay_and_what_is_damaged_does_not_count(tmp_path):
+    for number, tag in enumerate(["first", "second", "third"]):
+        save(tmp_path, tag, float(number))
+    (tmp_path / "third" / file_name(0)).write_bytes(b"cut short")
+    (tmp_path / "mine").mkdir()
+    save(tmp_path, "fourth", 4.0, keep=2)
+    assert names(tmp_path) == ["fourth", "latest", "mine", "second", "third"]
+    save(tmp_path, "fifth", 5.0, keep=1)
+    assert names(tmp_path) == ["fifth", "latest", "mine", "third"]
+    assert is_saved(load(tmp_path / "fifth"), 5.0)
+
+
+def test_the_checkpoint_that_latest_names_stays_however_old_it_is(tmp_path):
+    save(tmp_path, "first", 1.0)
+    for tag in ("second", "third"):
+        write_checkpoint(Attempt(tmp_path, tag, 1, keep=1, latest=False), [], {"shapes": {}}, ALONE)
+    assert names(tmp_path) == ["first", "latest", "third"] and read_latest(tmp_path) == "first"
+
+
+def test_leftovers_of_dead_saves_are_cleared_and_what_lives_is_left_alone(tmp_path):
+    save(tmp_path, "first", 1.0)
+    (tmp_path / "first").rename(tmp_path / ".first.replaced")
+    for dead in (".old.saving", ".old.removed"):
+        (tmp_path / dead).mkdir()
+    claim = Attempt(tmp_path, "alive", 1).begin()
+    with pytest.raises(CheckpointError, match="alive is being saved already"):
+        save(tmp_path, "alive", 2.0)
+    save(tmp_path, "second", 2.0)
+    assert names(tmp_path) == [".alive.saving", "first", "latest", "second"]
+    assert is_saved(load(tmp_path / "first"), 1.0)
+    claim.release()
+    save(tmp_path, "third", 3.0)
+    assert names(tmp_path) == ["first", "latest", "second", "third"]
 
 
 class Killed(BaseException):
@@ -87,7 +125,7 @@ def saved_while_rank_one_fails(directory: str) -> str:
     save(path, "first", 1.0, communicator)
     tensors: Any = {"weight/a@0": Piece(torch.ones(3))} if communicator.rank == 0 else {"weight/a@3": "no tensor"}
     with pytest.raises(CheckpointError) as caught:
-        write_checkpoint(path, "second", [Pieces(tensors)], {"shapes": {}}, communicator)
+        write_checkpoint(Attempt(path, "second", 2), [Pieces(tensors)], {"shapes": {}}, communicator)
     return str(caught.value)
 
 
@@ -100,7 +138,7 @@ def test_a_rank_that_fails_is_named_on_every_rank_and_nothing_is_left(ranks, tmp
 @pytest.mark.parametrize("tag", ["a/b", "/a", "..", ".", "", "latest"])
 def test_a_tag_that_is_no_name_of_a_directory_is_refused(tmp_path, tag):
     with pytest.raises(CheckpointError, match="cannot be the name of a directory"):
-        write_checkpoint(tmp_path, tag, [], {}, ALONE)
+        write_checkpoint(Attempt(tmp_path, tag, 1), [], {}, ALONE)
     assert names(tmp_path) == []
 
 
@@ -126,5 +164,5 @@ def test_a_checksum_is_that_of_the_bytes_whatever_the_dtype():
     values = torch.tensor([0.5, -1.0, 3.0])
     assert checksum(values) != checksum(values.bfloat16()) != checksum(values.half())
     assert checksum(values) == checksum(values.view(torch.int32)) == checksum(values.reshape(3, 1))
-    assert checksum(torch.empty(0)) == checksum(torch.empty(0, 4)) == "00000000"
+    assert checksum(torch.empty(0)) == checksum(torch.empty(0, 4)) == EMPTY
     assert checksum(torch.tensor(1.5)) == checksum(torch.tensor([1.5]))

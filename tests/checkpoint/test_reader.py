@@ -12,23 +12,30 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepspeed.checkpoint.directory import CheckpointError, checksum, file_name
+from deepspeed.checkpoint.directory import CheckpointError, checksum, file_name, index_checksum
 from deepspeed.checkpoint.reader import WEIGHT, CheckpointReader, Part, piece_name
+from deepspeed.checkpoint.writer import header_hash
 from tests.checkpoint.saving import is_saved, load, save
 
 
 def written(path: Path, ranks: list[dict[str, Tensor]]) -> Path:
     """A checkpoint of what each rank had."""
     path.mkdir()
+    files = {}
     for rank, tensors in enumerate(ranks):
-        save_file(tensors, path / file_name(rank), metadata={name: checksum(tensor) for name, tensor in tensors.items()})
+        file = path / file_name(rank)
+        save_file(tensors, file, metadata={name: checksum(tensor) for name, tensor in tensors.items()})
+        content = file.read_bytes()
+        header = header_hash(content[: 8 + int.from_bytes(content[:8], "little")])
+        files[file.name] = {"nbytes": len(content), "header": header}
     index = {
         "format": "deepspeed-fragments",
-        "version": 1,
+        "version": 2,
         "ranks": len(ranks),
+        "files": files,
         "shapes": {"a": [10], "b": [2, 2], "none": [0]},
     }
-    (path / "index.json").write_text(json.dumps(index))
+    (path / "index.json").write_text(json.dumps({**index, "checksum": index_checksum(index)}))
     return path
 
 
@@ -94,18 +101,19 @@ def test_a_flipped_bit_is_found_in_any_piece_and_named(tmp_path):
             damaged = bytearray(whole)
             damaged[at] ^= 64
             file.write_bytes(damaged)
-            with pytest.raises(CheckpointError, match=f"the checksum of {name} is not that of its elements"):
+            with pytest.raises(CheckpointError, match=rf"rank_00000.safetensors is damaged: the checksum of {name} is not"):
                 load(tmp_path / "first")
 
 
 @pytest.mark.parametrize("name", ["index.json", file_name(0)])
 def test_no_flipped_bit_goes_unnoticed_and_changes_a_value(tmp_path, name):
-    """Each byte of the file in turn: the checkpoint is refused, or it is as it was."""
+    """Each byte in turn, or every fifth: the checkpoint is refused. An index may also say the same in other words."""
     save(tmp_path, "first", 1.0)
     file = tmp_path / "first" / name
     whole = file.read_bytes()
     refused = 0
-    for at in range(len(whole)):
+    places = range(0, len(whole), 1 if len(whole) < 3000 else 5)
+    for at in places:
         damaged = bytearray(whole)
         damaged[at] ^= 1 << (at % 7)
         file.write_bytes(damaged)
@@ -113,7 +121,7 @@ def test_no_flipped_bit_goes_unnoticed_and_changes_a_value(tmp_path, name):
             assert is_saved(load(tmp_path / "first"), 1.0), f"byte {at}: {whole[at - 20 : at + 20]!r}"
         except CheckpointError:
             refused += 1
-    assert refused > len(whole) / 2
+    assert refused == len(places) if name == file_name(0) else refused > len(places) / 2
 
 
 def test_a_file_cut_short_is_named(tmp_path):
@@ -135,6 +143,6 @@ def test_what_is_no_checkpoint_is_answered_by_what_lies_there(tmp_path):
     (tmp_path / "index.json").write_text('{"format": "other"}')
     with pytest.raises(CheckpointError, match="is not the index of a deepspeed-fragments checkpoint"):
         CheckpointReader(tmp_path)
-    (tmp_path / "index.json").write_text('{"format": "deepspeed-fragments", "version": 2}')
-    with pytest.raises(CheckpointError, match="version 1"):
+    (tmp_path / "index.json").write_text('{"format": "deepspeed-fragments", "version": 1}')
+    with pytest.raises(CheckpointError, match="version 2"):
         CheckpointReader(tmp_path)

@@ -1,12 +1,14 @@
 """Reading a checkpoint: which stored pieces hold a range of a tensor, and their elements.
 
 A tensor of the checkpoint is known by its *kind* (``weight``, or the name of an optimizer state) and its *name* in the
-model. It is stored flat, in *pieces*, one for each rank that owned a part, named ``<kind>/<name>@<start>``.
+model. It is stored flat, in *pieces*, one for each rank that owned a part, named ``<kind>/<name>@<start>``. Tensors of
+``client_state`` and of what each rank keeps for itself have such names too, of the kinds ``client`` and ``rank``.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -21,8 +23,11 @@ from torch import Tensor
 
 from .directory import CHECKSUM, FORMAT, INDEX, VERSION, CheckpointError, checksum, file_name, index_checksum
 from .values import decode
+from .writer import header_hash
 
 WEIGHT = "weight"
+CLIENT, RANK = "client", "rank"
+"""Kinds of tensors that are none of the model's."""
 
 
 def piece_name(kind: str, name: str, start: int) -> str:
@@ -32,7 +37,12 @@ def piece_name(kind: str, name: str, start: int) -> str:
 
 def client_name(name: str) -> str:
     """The name under which a tensor of ``client_state`` is stored."""
-    return f"client/{name}"
+    return f"{CLIENT}/{name}"
+
+
+def rank_name(name: str) -> str:
+    """The name under which a tensor of a rank's own states is stored."""
+    return f"{RANK}/{name}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ class CheckpointReader:
         self.names = {name: name for name in self.shapes}
         self.names |= {name: stored for name, stored in self.index.get("tied", {}).items() if stored in self.shapes}
         self._files: dict[str, Any] = {}
+        self._homes: dict[str, Path] = {}
         self._pieces: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
         self._kinds: dict[str, set[str]] = defaultdict(set)
         self._stack = ExitStack()
@@ -107,7 +118,8 @@ class CheckpointReader:
         """One stored tensor, or CheckpointError where it is not what was saved."""
         tensor = self.read(piece)
         if (self._files[piece].metadata() or {}).get(piece) != checksum(tensor):
-            raise CheckpointError(f"{self.path} is damaged: the checksum of {piece} is not that of its elements")
+            file = self._homes[piece]
+            raise CheckpointError(f"{file} is damaged: the checksum of {piece} is not that of its elements")
         return tensor
 
     def read(self, piece: str) -> Tensor:
@@ -130,23 +142,50 @@ class CheckpointReader:
         state: dict[str, Any] = decode(self.index["client_state"], lambda name: self.verified(client_name(name)))
         return state
 
+    def rank_states(self, rank: int) -> dict[str, Any]:
+        """What the rank ``rank`` of those that saved had for itself: its random states and its place in the data."""
+        state: dict[str, Any] = decode(self.index["rank_states"][rank], lambda name: self.verified(rank_name(name)))
+        return state
+
+    def verify_all(self) -> None:
+        """Read everything and raise CheckpointError, naming the first tensor that is not what was saved."""
+        self.verify(self._files)
+
     def _open(self) -> None:
         for rank in range(self.index["ranks"]):
             file = self.path / file_name(rank)
+            self._check(file)
             try:
                 content = self._stack.enter_context(safe_open(file, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{file} is missing or damaged ({error}): the checkpoint is incomplete") from error
             for piece in content.keys():  # noqa: SIM118, this is no dictionary
                 self._files[piece] = content
+                self._homes[piece] = file
                 kind, _, label = piece.partition("/")
                 name, _, start = label.rpartition("@")
                 if not start.isdecimal():
                     raise CheckpointError(f"{file} is damaged: it has a tensor {piece!r}, which names no elements")
                 self._pieces[kind, name].append((int(start), piece))
-                self._kinds[name].add(kind)
+                if kind not in (CLIENT, RANK):
+                    self._kinds[name].add(kind)
         for pieces in self._pieces.values():
             pieces.sort()
+
+    def _check(self, file: Path) -> None:
+        """Raise CheckpointError where a file is not as long as it was written, or its header not what was written."""
+        expected = self.index["files"][file.name]
+        try:
+            with file.open("rb") as content:
+                start = content.read(8)
+                header = start + content.read(min(int.from_bytes(start, "little"), expected["nbytes"]))
+                nbytes = content.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise CheckpointError(f"{file} is missing or damaged ({error}): the checkpoint is incomplete") from error
+        if nbytes != expected["nbytes"]:
+            raise CheckpointError(f"{file} is missing or damaged: it has {nbytes} bytes, and {expected['nbytes']} were written")
+        if header_hash(header) != expected["header"]:
+            raise CheckpointError(f"{file} is damaged: the checksum of its header is not that of its content")
 
     def _read_index(self) -> dict[str, Any]:
         file = self.path / INDEX
@@ -161,7 +200,6 @@ class CheckpointReader:
             raise CheckpointError(f"{file} is damaged ({error}): this is not a whole checkpoint") from error
         if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") != VERSION:
             raise CheckpointError(f"{file} is not the index of a {FORMAT} checkpoint of version {VERSION}")
-        # Checkpoints from before the index had a checksum have none.
-        if index.get(CHECKSUM, index_checksum(index)) != index_checksum(index):
+        if index.get(CHECKSUM) != index_checksum(index):
             raise CheckpointError(f"{file} is damaged: its checksum is not that of its content")
         return index

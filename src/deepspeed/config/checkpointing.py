@@ -21,6 +21,15 @@ class CheckpointConfig(Section):
         "warn", "What happens where ranks save under different tags: ignore, warn or fail, in any case."
     )
     load_universal: bool = key(False, "Load at another world size or stage: always possible here, either value is right.")
+    async_save: bool = key(
+        False, "Return from save_checkpoint when the states are copied to CPU memory, and write them beside training."
+    )
+    keep_last: Int | None = key(
+        None,
+        "Checkpoints that stay in a directory: older ones are removed after each save. All where None.",
+        ge=1,
+        unit="checkpoints",
+    )
     use_node_local_storage: bool = key(False, "Every host has a directory of its own.")
     parallel_write: ParallelWriteConfig = ParallelWriteConfig()
 

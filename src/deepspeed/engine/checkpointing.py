@@ -1,29 +1,34 @@
 """What a checkpoint of an engine holds.
 
-Each rank writes its own slices, cut at parameters: the weights (in fp32) and each optimizer state. Rank 0 adds the
-module's tensors that no optimizer trains, and in the index all that is small: counters, schedule, loss scaler, options of
-the parameter groups, the step number of each parameter, ``client_state``. Gradients are not saved: a checkpoint is the
-state after the last optimizer step.
+Each rank writes its own slices, cut at parameters: the weights (in fp32) and each optimizer state; and its random states.
+Rank 0 adds the module's tensors that no optimizer trains, and in the index all that is small: counters, schedule, loss scaler,
+options of the parameter groups, the step number of each parameter, the place in the data, ``client_state``. Gradients are not
+saved: a checkpoint is the state after the last optimizer step.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..checkpoint.directory import CheckpointError, on_all_ranks, write_checkpoint, write_latest
-from ..checkpoint.reader import WEIGHT, client_name, piece_name
+from ..checkpoint.background import save_in_background
+from ..checkpoint.directory import Attempt, CheckpointError, on_all_ranks, write_checkpoint
+from ..checkpoint.reader import WEIGHT, client_name, piece_name, rank_name
 from ..checkpoint.script import write_script
 from ..checkpoint.values import encode
 from ..checkpoint.writer import Piece, Pieces
 from ..comm.communicator import Communicator
+from ..comm.groups import group_timeout
+from ..memory.tiers import Chunk
 from ..optim.segments import FlatShard, Segment, is_elementwise
 from ..zero.optimizer import ShardedOptimizer
+from .rank_states import rank_states
 from .weights import frozen_parameters
 
 if TYPE_CHECKING:
@@ -42,16 +47,20 @@ def save_training_checkpoint(
     exclude_frozen_parameters: bool,
 ) -> None:
     """Write the engine's states under ``directory/tag``. Called on every rank."""
-    communicator = engine.communicator
+    communicator, settings = engine.communicator, engine.settings.checkpoint
     engine.sharded_model.trained.presence.require("save_checkpoint")
-    tag = _agreed_tag(tag, communicator, engine.settings.checkpoint.tag_validation)
+    on_all_ranks(engine._saves.wait, "the save before this one", communicator)
+    tag = _agreed_tag(tag, communicator, settings.tag_validation)
     left_out = frozen_parameters(engine.module) if exclude_frozen_parameters else set()
 
-    def compose() -> tuple[list[Pieces], dict[str, Any]]:
+    def compose() -> tuple[list[Pieces], dict[str, Any], dict[str, Any]]:
         client_tensors: dict[str, Tensor] = {}
+        own_tensors: dict[str, Tensor] = {}
+        own = encode(rank_states(engine), str(communicator.rank), own_tensors)
         encoded = encode(client_state, "client_state", client_tensors)
         others = {name: value for name, value in untrained_tensors(engine).items() if name not in left_out}
         groups = trained_pieces(engine.optimizer) + frozen_pieces(engine, left_out)
+        groups.append(Pieces({rank_name(name): Piece(value) for name, value in own_tensors.items()}))
         if communicator.rank == 0:
             groups.append(Pieces({piece_name(WEIGHT, name, 0): Piece(value) for name, value in others.items()}))
             groups.append(Pieces({client_name(name): Piece(value) for name, value in client_tensors.items()}))
@@ -59,20 +68,27 @@ def save_training_checkpoint(
         tied = _tied_names(engine)
         frozen = {tied.get(name, name) for name in frozen_parameters(engine.module)}
         names = {"shapes": shapes, "tied": tied, "frozen": sorted(frozen), "left_out": sorted(left_out)}
-        return groups, {**_small_states(engine), "client_state": encoded, **names}
+        return groups, {**_small_states(engine), "client_state": encoded, **names}, own
 
     def add_script() -> None:
         if communicator.rank == 0:
+            directory.mkdir(parents=True, exist_ok=True)
             write_script(directory)
 
-    groups, index = on_all_ranks(compose, f"saving {directory / tag}", communicator)
+    groups, index, own = on_all_ranks(compose, f"saving {directory / tag}", communicator)
+    numbers = _numbers(engine.optimizer) if engine.optimizer is not None else []
+    in_memory = all(group.resident for group in groups)
+    everyones = communicator.gather_objects((own, numbers, in_memory), purpose="save of a checkpoint")
+    index["rank_states"] = [own for own, _, _ in everyones]
     if engine.optimizer is not None:
-        numbers = communicator.gather_objects(_numbers(engine.optimizer), purpose="save of a checkpoint")
-        index["optimizer"]["parameters"] = _joined(numbers)
-    write_checkpoint(directory, tag, groups, index, communicator)
+        index["optimizer"]["parameters"] = _joined([numbers for _, numbers, _ in everyones])
+    attempt = Attempt(directory, tag, communicator.size, keep=settings.keep_last, latest=save_latest)
     on_all_ranks(add_script, f"saving {directory / tag}", communicator)
-    if save_latest:
-        write_latest(directory, tag, communicator)
+    if settings.async_save and all(in_memory for _, _, in_memory in everyones):
+        patience = group_timeout(communicator.group).total_seconds()
+        save_in_background(engine._saves, attempt, groups, index, communicator, patience)
+    else:
+        write_checkpoint(attempt, groups, index, communicator)
 
 
 def trained_pieces(optimizer: ShardedOptimizer | None) -> list[Pieces]:
@@ -87,8 +103,13 @@ def trained_pieces(optimizer: ShardedOptimizer | None) -> list[Pieces]:
     if not (optimizer.groups.is_first_copy if optimizer.policy.shard_optimizer else optimizer.communicator.rank == 0):
         return []
     return [
-        Pieces(_pieces_of(optimizer, shard), optimizer.flat.chunks[shard.bucket.index].reading) for shard in optimizer.shards
+        Pieces(_pieces_of(optimizer, shard), _present(optimizer.flat.chunks[shard.bucket.index])) for shard in optimizer.shards
     ]
+
+
+def _present(chunk: Chunk) -> Callable[[], AbstractContextManager[object]]:
+    """What has a chunk in memory; nothing is needed where it always is."""
+    return chunk.reading if chunk.evictables() else nullcontext
 
 
 def _pieces_of(optimizer: ShardedOptimizer, shard: FlatShard) -> dict[str, Piece]:
@@ -112,7 +133,7 @@ def frozen_pieces(engine: EngineInformation, left_out: Collection[str]) -> list[
                 for fragment in shard.fragments
                 if fragment.spec.name not in left_out
             },
-            model.frozen.chunks[shard.bucket.index].reading,
+            _present(model.frozen.chunks[shard.bucket.index]),
         )
         for shard in model.frozen_shards
     ]

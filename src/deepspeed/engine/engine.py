@@ -32,7 +32,6 @@ class DeepSpeedEngine(EngineStates):
     def __init__(self, module: nn.Module, parts: EngineParts):
         super().__init__(module, parts)
         self._instruments = Instruments(parts.config, parts.communicator)
-        self._batches: Iterator[Any] | None = None
         self._compiled = False
         self._destroyed = False
         if parts.config.compile.enabled:
@@ -230,6 +229,7 @@ class DeepSpeedEngine(EngineStates):
         if self._destroyed:
             return
         self._destroyed = True
+        self._saves.wait()
         self.reload_states()
         if self.optimizer is not None:
             self.optimizer.close()

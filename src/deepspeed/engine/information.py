@@ -7,11 +7,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from ..checkpoint.background import BackgroundSaves
 from ..comm.communicator import Communicator
 from ..config.batch import BatchSizes
 from ..memory.estimate import ModelStateBytes
 from ..zero.sharding import ShardedModel
 from .accounting import measure_model_states
+from .loader import RepeatingLoader
 from .parts import Accumulation, Counters, EngineParts
 
 
@@ -29,6 +31,8 @@ class EngineInformation(nn.Module):
         self.counters = Counters()
         self._parts = parts
         self._accumulation = Accumulation()
+        self._batches: RepeatingLoader | None = None
+        self._saves = BackgroundSaves()
         config = parts.config
         self._batch = BatchSizes(
             config.train_batch_size, config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps

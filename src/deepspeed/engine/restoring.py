@@ -28,6 +28,7 @@ from ..zero.optimizer import ShardedOptimizer
 from ..zero.streaming import give_up_states
 from ..zero.unfreezing import unfreeze
 from .checkpointing import model_shapes, untrained_tensors
+from .rank_states import restore_rank_states
 
 if TYPE_CHECKING:
     from .information import EngineInformation
@@ -81,6 +82,7 @@ def load_training_checkpoint(
     """
     communicator = engine.communicator
     engine.sharded_model.trained.presence.require("load_checkpoint")
+    on_all_ranks(engine._saves.wait, "the save before this load", communicator)
     found = on_all_ranks(lambda: tag or read_latest(directory), f"loading {directory}", communicator)
     tags = communicator.gather_objects(found, purpose="agreement on the checkpoint to load")
     if len(set(tags)) > 1:
@@ -95,16 +97,19 @@ def load_training_checkpoint(
             _check_fit(engine, reader, request)
             return reader
 
-        def prepare() -> tuple[_Plan, dict[str, Any]]:
+        def prepare() -> tuple[_Plan, dict[str, Any], dict[str, Any]]:
             plan = _make_plan(engine, reader, request)
             reader.verify(plan.pieces())
-            return plan, reader.client_state()
+            same = reader.index["ranks"] == communicator.size
+            return plan, reader.client_state(), reader.rank_states(communicator.rank if same else 0)
 
         reader = on_all_ranks(open_reader, f"loading {directory / found}", communicator)
         if engine.optimizer is not None and request.optimizer_states:
             _unfreeze_as_saved(engine.optimizer, reader)
-        plan, client_state = on_all_ranks(prepare, f"loading {directory / found}", communicator)
+        plan, client_state, own = on_all_ranks(prepare, f"loading {directory / found}", communicator)
         _install(engine, reader, plan, request)
+        if request.counters:
+            restore_rank_states(engine, own, same_ranks=reader.index["ranks"] == communicator.size)
     return str(directory / found), client_state
 
 
