@@ -54,6 +54,12 @@ struct StepTensors {
     std::size_t numel;
 };
 
+// A generator of random numbers: 624 words, of which those before next have been drawn.
+struct RandomState {
+    std::uint32_t words[624];
+    std::size_t next;
+};
+
 struct Kernels {
     const char* name;
     void (*adam_step)(const StepTensors& tensors, float* exp_avg, float* exp_avg_sq, const AdamNumbers& numbers);
@@ -63,6 +69,10 @@ struct Kernels {
     void (*scaled_sum)(const void* const* inputs, std::size_t count, Dtype dtype, void* out, Dtype out_dtype,
                        std::size_t begin, std::size_t end, float scale, bool accumulate);
     double (*squared_sum)(const void* data, Dtype dtype, std::size_t numel);
+    // out: fp32 or bf16. fused: with a multiply-add of one rounding.
+    void (*uniform)(RandomState& state, void* out, Dtype dtype, std::size_t numel, float low, float high, bool fused);
+    // out: fp32 or bf16, at least 16 elements.
+    void (*normal)(RandomState& state, void* out, Dtype dtype, std::size_t numel, float mean, float deviation);
 };
 
 extern const Kernels portable_kernels;

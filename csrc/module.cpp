@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <iterator>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -158,6 +159,35 @@ void hash_blocks(Address data, std::size_t nbytes, std::size_t block, Address ou
         *hashes++ = xxh64(bytes + start, std::min(block, nbytes - start));
 }
 
+// Runs draw(state) on the generator whose words are 64 bits each at `words`, and puts the words after it there. Returns how
+// many of them have been drawn.
+template <typename Draw>
+std::size_t with_state(Address words, std::size_t next, const Draw& draw) {
+    std::uint64_t* wide = reinterpret_cast<std::uint64_t*>(words);
+    RandomState state;
+    std::copy(wide, wide + std::size(state.words), state.words);
+    state.next = next;
+    draw(state);
+    std::copy(std::begin(state.words), std::end(state.words), wide);
+    return state.next;
+}
+
+std::size_t uniform(Address words, std::size_t next, Address out, int dtype, std::size_t numel, double low, double high,
+                    bool fused) {
+    return with_state(words, next, [&](RandomState& state) {
+        active()->uniform(state, reinterpret_cast<void*>(out), static_cast<Dtype>(dtype), numel, static_cast<float>(low),
+                          static_cast<float>(high), fused);
+    });
+}
+
+std::size_t normal(Address words, std::size_t next, Address out, int dtype, std::size_t numel, double mean,
+                   double deviation) {
+    return with_state(words, next, [&](RandomState& state) {
+        active()->normal(state, reinterpret_cast<void*>(out), static_cast<Dtype>(dtype), numel, static_cast<float>(mean),
+                         static_cast<float>(deviation));
+    });
+}
+
 }  // namespace
 }  // namespace deepspeed
 
@@ -196,5 +226,8 @@ NB_MODULE(_core, module) {
     module.def("squared_sum", &squared_sum, unlocked, "data"_a, "dtype"_a, "numel"_a, "threads"_a);
     module.def("hash_blocks", &hash_blocks, unlocked, "data"_a, "nbytes"_a, "block"_a, "out"_a,
                "The XXH64 of each block of bytes, the last of which may be shorter.");
+    module.def("uniform", &uniform, unlocked, "words"_a, "next"_a, "out"_a, "dtype"_a, "numel"_a, "low"_a, "high"_a,
+               "fused"_a);
+    module.def("normal", &normal, unlocked, "words"_a, "next"_a, "out"_a, "dtype"_a, "numel"_a, "mean"_a, "deviation"_a);
     bind_files(module);
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .pages import prefer_huge_pages
+
 
 class BufferPool:
     """Lends 1-D tensors. What comes back is lent again, to whoever asks for no more than its size; where nothing that
@@ -21,7 +23,9 @@ class BufferPool:
             return free.pop(min(fitting, key=lambda index: free[index].numel()))[:numel]
         if free:
             free.pop(min(range(len(free)), key=lambda index: free[index].numel()))
-        return torch.empty(numel, dtype=dtype, device=device)
+        buffer = torch.empty(numel, dtype=dtype, device=device)
+        prefer_huge_pages(buffer)
+        return buffer
 
     def give_back(self, tensor: Tensor) -> None:
         """Return a tensor that ``take`` lent; it must not be used any more."""

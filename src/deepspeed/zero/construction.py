@@ -29,6 +29,7 @@ from ..comm.operations import Pending
 from ..comm.sharding import ShardGroups
 from ..memory.heap import FreedMemory
 from ..memory.layout import FlatLayout, ParameterSpec
+from ..memory.pages import prefer_huge_pages
 from ..memory.pool import BufferPool
 from ..memory.tiers import Chunk
 from .parameters import FlatParameters, unchanged
@@ -168,6 +169,7 @@ class ModuleSharder:
         spec = ParameterSpec(name, tuple(parameter.shape), str(dtype).removeprefix("torch."), unit=0)
         layout = FlatLayout.build([spec], shards=self._communicator.size, bucket_numel=0)
         own = parameter.new_empty(layout.slice_numel, dtype=dtype)
+        prefer_huge_pages(own)
         values = parameter.detach()
         part = self._adopt(parameter, name, layout, own, constructed_in=parameter.dtype)
         self._scatter(values, part, purpose=f"scatter of '{name}'")

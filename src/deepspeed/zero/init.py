@@ -15,6 +15,7 @@ from ..accelerator import get_accelerator
 from ..comm import init_distributed
 from ..comm.communicator import Communicator
 from .construction import ModuleSharder, SharderContext
+from .drawing import FastDraws
 from .tiers import Tiers, open_tiers
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ class Init:
             sharder.shard(module)
             sharder.finish()
         here = get_accelerator()
-        self._context = SharderContext(sharder, [torch.device(here.current_device_name())] if here.kind != "cpu" else [])
+        within = FastDraws() if here.kind == "cpu" else torch.device(here.current_device_name())
+        self._context = SharderContext(sharder, [within])
 
     def __enter__(self) -> None:
         if self._context is not None:
