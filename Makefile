@@ -22,7 +22,7 @@ train: $(VENV)/ready
 	$(BIN)/deepspeed --num_gpus 2 examples/train_lm/train.py --deepspeed_config examples/train_lm/ds_config.json
 
 infinity: $(VENV)/ready
-	$(BIN)/deepspeed --num_gpus 1 examples/infinity/train.py
+	$(BIN)/deepspeed --num_gpus 1 --grace_period 3600 examples/infinity/train.py
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest --ignore tests/integrations

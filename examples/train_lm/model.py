@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 
 class Block(nn.Module):
@@ -14,10 +15,10 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention_norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.projection = nn.Linear(width, width)
+        self.qkv = _linear(width, 3 * width)
+        self.projection = _linear(width, width)
         self.feed_norm = nn.LayerNorm(width)
-        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.feed = nn.Sequential(_linear(width, 4 * width), nn.GELU(), _linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` is (batch, length, width)."""
@@ -34,12 +35,11 @@ class GPT(nn.Module):
     def __init__(self, *, vocabulary: int, context: int, layers: int, width: int, heads: int):
         super().__init__()
         self.context = context
-        self.tokens = nn.Embedding(vocabulary, width)
-        self.positions = nn.Embedding(context, width)
+        self.tokens = _embedding(vocabulary, width)
+        self.positions = _embedding(context, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
-        self.apply(_initialize)
         self.head.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -65,8 +65,15 @@ def generate(model: GPT, tokens: list[int], count: int) -> list[int]:
     return tokens
 
 
-def _initialize(module: nn.Module) -> None:
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    """A layer that is initialized once, when it is made: under ``zero.Init`` it may be on a disk a moment later."""
+    layer = skip_init(nn.Linear, inputs, outputs)
+    nn.init.normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _embedding(count: int, width: int) -> nn.Embedding:
+    layer = skip_init(nn.Embedding, count, width)
+    nn.init.normal_(layer.weight, std=0.02)
+    return layer

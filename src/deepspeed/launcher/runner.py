@@ -32,7 +32,11 @@ __all__ = [
     "parse_resource_filter",
 ]
 
-COMMANDS = {"config": "deepspeed.cli.config", "nvme-bench": "deepspeed.cli.nvme_bench"}
+COMMANDS = {
+    "config": "deepspeed.cli.config",
+    "nvme-bench": "deepspeed.cli.nvme_bench",
+    "plan": "deepspeed.cli.plan",
+}
 """Commands besides training, and the modules that run them."""
 
 
