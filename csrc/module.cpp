@@ -172,6 +172,9 @@ NB_MODULE(_core, module) {
     module.def("scaled_sum", &scaled_sum, unlocked, "inputs"_a, "dtype"_a, "out"_a, "out_dtype"_a, "numel"_a,
                "scale"_a, "accumulate"_a, "threads"_a);
     module.def("squared_sum", &squared_sum, unlocked, "data"_a, "dtype"_a, "numel"_a, "threads"_a);
+    module.def("checksum", [](Address data, std::size_t nbytes) {
+        return active()->checksum(reinterpret_cast<const void*>(data), nbytes);
+    }, unlocked, "data"_a, "nbytes"_a);
     module.def("uniform", &uniform, unlocked, "words"_a, "next"_a, "out"_a, "dtype"_a, "numel"_a, "low"_a, "high"_a,
                "fused"_a);
     module.def("normal", &normal, unlocked, "words"_a, "next"_a, "out"_a, "dtype"_a, "numel"_a, "mean"_a, "deviation"_a);

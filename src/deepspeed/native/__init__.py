@@ -7,7 +7,7 @@ Kernels that run over flat CPU tensors in one pass of memory: ``kernels`` decide
 
 from __future__ import annotations
 
-from .kernels import adam_step, available, scaled_sum, squared_norm, status
+from .kernels import adam_step, available, checksum, scaled_sum, squared_norm, status
 from .reference import AdamHyper
 
-__all__ = ["AdamHyper", "adam_step", "available", "scaled_sum", "squared_norm", "status"]
+__all__ = ["AdamHyper", "adam_step", "available", "checksum", "scaled_sum", "squared_norm", "status"]
