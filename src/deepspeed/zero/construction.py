@@ -192,11 +192,12 @@ class ModuleSharder:
         """Whether all ranks have the same ``values``, as they do that drew them alike: then none has to send them."""
         if self._communicator.size == 1:
             return True
-        if values.nbytes < COMPARED_NBYTES or (mine := checksum(values)) is None:
+        if values.nbytes < COMPARED_NBYTES or values.device.type != "cpu":
             return False
-        # As the bits of a signed number.
+        # As the bits of a signed number. A rank without the native core asks all others to take rank 0's values.
+        mine = checksum(values.contiguous())
         sums = torch.empty(self._communicator.size, dtype=torch.int64)
-        sums[self._communicator.rank] = mine - (1 << 63)
+        sums[self._communicator.rank] = self._communicator.rank if mine is None else mine - (1 << 63)
         self._communicator.all_gather(sums, purpose=f"comparison of {name}").wait()
         return bool((sums == sums[0]).all())
 
