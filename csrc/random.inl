@@ -15,23 +15,22 @@ inline std::uint32_t mixed(std::uint32_t word, std::uint32_t following) {
 }
 
 // The next 624 words.
-void twist(std::uint32_t* __restrict words) {
-    alignas(64) std::uint32_t fresh[WORDS];
-    for (std::size_t i = 0; i < WORDS - MIDDLE; ++i) fresh[i] = words[i + MIDDLE] ^ mixed(words[i], words[i + 1]);
+void twist(std::uint32_t* words) {
+    for (std::size_t i = 0; i < WORDS - MIDDLE; ++i) words[i] = words[i + MIDDLE] ^ mixed(words[i], words[i + 1]);
     for (std::size_t i = WORDS - MIDDLE; i < WORDS - 1; ++i)
-        fresh[i] = fresh[i - (WORDS - MIDDLE)] ^ mixed(words[i], words[i + 1]);
-    fresh[WORDS - 1] = fresh[MIDDLE - 1] ^ mixed(words[WORDS - 1], fresh[0]);
-    std::memcpy(words, fresh, sizeof fresh);
+        words[i] = words[i - (WORDS - MIDDLE)] ^ mixed(words[i], words[i + 1]);
+    words[WORDS - 1] = words[MIDDLE - 1] ^ mixed(words[WORDS - 1], words[0]);
 }
 
-// The next numel samples of [0, 1), multiples of 2^-24.
-void draw(RandomState& state, float* __restrict out, std::size_t numel) {
+// out[i] = scaled(the next sample of [0, 1)), which is a multiple of 2^-24.
+template <typename Scaled>
+void draw(RandomState& state, float* __restrict out, std::size_t numel, const Scaled scaled) {
     while (numel > 0) {
         if (state.next == WORDS) {
             twist(state.words);
             state.next = 0;
         }
-        const std::uint32_t* words = state.words + state.next;
+        const std::uint32_t* __restrict words = state.words + state.next;
         const std::size_t size = numel < WORDS - state.next ? numel : WORDS - state.next;
         for (std::size_t i = 0; i < size; ++i) {
             std::uint32_t word = words[i];
@@ -39,7 +38,7 @@ void draw(RandomState& state, float* __restrict out, std::size_t numel) {
             word ^= (word << 7) & 0x9D2C5680u;
             word ^= (word << 15) & 0xEFC60000u;
             word ^= word >> 18;
-            out[i] = static_cast<float>(static_cast<std::int32_t>(word & 0xFFFFFFu)) * 0x1p-24f;
+            out[i] = scaled(static_cast<float>(static_cast<std::int32_t>(word & 0xFFFFFFu)) * 0x1p-24f);
         }
         state.next += size;
         out += size;
@@ -47,31 +46,37 @@ void draw(RandomState& state, float* __restrict out, std::size_t numel) {
     }
 }
 
+inline float unscaled(float sample) { return sample; }
+
 inline float as_bfloat16(float value) { return float_of(static_cast<std::uint32_t>(bfloat16_of(value)) << 16); }
 
+// Samples of [low, high), where rounding does not reach it.
 template <bool fused, bool narrow>
-void scale_block(float* __restrict block, std::size_t numel, float low, float high) {
+void uniform_samples(RandomState& state, void* out, std::size_t numel, float low, float high) {
     const float width = high - low;
     const float first = narrow ? as_bfloat16(low) : low, end = narrow ? as_bfloat16(high) : high;
-    for (std::size_t i = 0; i < numel; ++i) {
-        float value = fused ? __builtin_fmaf(block[i], width, low) : block[i] * width + low;
+    const auto scaled = [=](float sample) {
+        float value = fused ? __builtin_fmaf(sample, width, low) : sample * width + low;
         if (narrow) value = as_bfloat16(value);
-        block[i] = value == end ? first : value;
+        return value == end ? first : value;
+    };
+    if (!narrow) {
+        draw(state, static_cast<float*>(out), numel, scaled);
+        return;
+    }
+    alignas(64) float block[PIECE];
+    for (std::size_t start = 0; start < numel; start += PIECE) {
+        const std::size_t size = numel - start < PIECE ? numel - start : PIECE;
+        draw(state, block, size, scaled);
+        narrowed(block, out, Dtype::bfloat16, start, size);
     }
 }
 
-// Samples of [low, high): fp32 or bf16.
 void uniform(RandomState& state, void* out, Dtype dtype, std::size_t numel, float low, float high, bool fused) {
-    alignas(64) float block[PIECE];
-    const bool narrow = dtype != Dtype::float32;
-    const auto scale = fused ? (narrow ? scale_block<true, true> : scale_block<true, false>)
-                             : (narrow ? scale_block<false, true> : scale_block<false, false>);
-    for (std::size_t start = 0; start < numel; start += PIECE) {
-        const std::size_t size = numel - start < PIECE ? numel - start : PIECE;
-        draw(state, block, size);
-        scale(block, size, low, high);
-        narrowed(block, out, dtype, start, size);
-    }
+    const bool narrow = dtype == Dtype::bfloat16;
+    const auto samples = fused ? (narrow ? uniform_samples<true, true> : uniform_samples<true, false>)
+                               : (narrow ? uniform_samples<false, true> : uniform_samples<false, false>);
+    samples(state, out, numel, low, high);
 }
 
 // The natural logarithm of a value in (0, 1].
@@ -142,14 +147,14 @@ void normal(RandomState& state, void* out, Dtype dtype, std::size_t numel, float
     const std::size_t rest = numel % GROUP, whole = numel - rest;
     for (std::size_t start = 0; start < whole; start += PIECE) {
         const std::size_t size = whole - start < PIECE ? whole - start : PIECE;
-        draw(state, block, size);
+        draw(state, block, size, unscaled);
         box_muller(block, size, mean, deviation);
         narrowed(block, out, dtype, start, size);
     }
     if (rest == 0) return;
     // What torch draws in fp32 for the rest, and then does not use.
-    if (dtype == Dtype::float32) draw(state, block, rest);
-    draw(state, block, GROUP);
+    if (dtype == Dtype::float32) draw(state, block, rest, unscaled);
+    draw(state, block, GROUP, unscaled);
     box_muller(block, GROUP, mean, deviation);
     narrowed(block, out, dtype, numel - GROUP, GROUP);
 }

@@ -290,3 +290,24 @@ def forgotten(stage: int) -> tuple[bool, float, int]:
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_waiting_gradient_is_forgotten_with_the_others(ranks, stage):
     assert ranks(2, forgotten, stage) == [(True, 8.0, 1)] * 2
+
+
+def differs(stage: int) -> str:
+    """Rank 1 unfreezes one block after a step of all; once all have, training goes on."""
+    engine = make_engine(Training(Staged, squared_output), stage)
+    squared_output(engine, 0, engine.backward)
+    engine.step()
+    if torch.distributed.get_rank() == 1:
+        engine.module.blocks[1].requires_grad_(True)
+    with pytest.raises(RuntimeError) as caught:
+        squared_output(engine, 1, engine.backward)
+    engine.module.blocks[1].requires_grad_(True)
+    squared_output(engine, 1, engine.backward)
+    engine.step()
+    return str(caught.value)
+
+
+def test_unfreezing_on_some_ranks_alone_is_an_error_at_stage_three_that_names_parameter_and_ranks(ranks):
+    for message in ranks(3, differs, 3):
+        assert "'blocks.1.weight' and 1 more are trained on some ranks" in message
+        assert "requires_grad on rank 1, and not on ranks 0, 2" in message

@@ -69,7 +69,7 @@ class DeepSpeedEngine(EngineStates):
         if scale_wrt_gas:
             scale /= self.gradient_accumulation_steps()
         optimizer.reducer.begin(reduce=self._reduces(optimizer))
-        with self._instruments.timed("backward"), self.sharded_model.scopes.backward():
+        with self._instruments.timed("backward"), self.sharded_model.backward():
             (loss * scale if scale != 1.0 else loss).backward(retain_graph=retain_graph, **kwargs)
         with self._instruments.timed("reduce"):
             optimizer.reducer.finish()

@@ -66,14 +66,14 @@ class Samples:
 
 
 def uniform_(out: Tensor, low: float, high: float) -> bool:
-    """Fill ``out`` as ``out.uniform_(low, high)`` does. Returns whether that was possible: if not, nothing has happened."""
+    """Fill ``out`` as ``out.uniform_(low, high)`` does. Returns whether that was possible: if not, nothing happened."""
     if not (low <= high and math.isfinite(high - low)):
         return False
     return _fill(out, lambda fused: Samples("uniform", low, high, fused))
 
 
 def normal_(out: Tensor, mean: float, deviation: float) -> bool:
-    """Fill ``out`` as ``out.normal_(mean, deviation)`` does. Returns whether that was possible: if not, nothing has happened."""
+    """Fill ``out`` as ``out.normal_(mean, deviation)`` does. Returns whether that was possible: if not, nothing happened."""
     if not (deviation >= 0 and math.isfinite(mean + deviation)):
         return False
     return _fill(out, lambda fused: Samples("normal", mean, deviation))

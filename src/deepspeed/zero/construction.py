@@ -32,6 +32,7 @@ from ..memory.layout import FlatLayout, ParameterSpec
 from ..memory.pages import prefer_huge_pages
 from ..memory.pool import BufferPool
 from ..memory.tiers import Chunk
+from ..native import checksum
 from .parameters import FlatParameters, unchanged
 from .released import home_of
 from .tiers import IN_MEMORY, Tiers
@@ -45,6 +46,9 @@ INCOMPLETE = 3
 
 FREED_NBYTES = 64 << 20
 """Bytes of whole parameters that are freed before the system gets back the holes that they leave."""
+
+COMPARED_NBYTES = 1 << 20
+"""Bytes of values from which ranks compare what they have before one of them sends: smaller ones are sent as soon."""
 
 UNDER_WAY = 2
 """Slices that are on their way to the other ranks while the next parameters are constructed."""
@@ -172,13 +176,42 @@ class ModuleSharder:
         prefer_huge_pages(own)
         values = parameter.detach()
         part = self._adopt(parameter, name, layout, own, constructed_in=parameter.dtype)
-        self._scatter(values, part, purpose=f"scatter of '{name}'")
+        self._keep(values, part, name=f"'{name}'")
         self._freed.add(values.nbytes)
 
-    def _scatter(self, values: Tensor, part: UnitPart, *, purpose: str) -> None:
+    def _keep(self, values: Tensor, part: UnitPart, *, name: str) -> None:
         """Give each rank its slice of rank 0's ``values``, of a parameter alone in its unit."""
         self.settle(UNDER_WAY - 1)
         part.chunk.claim()
+        if self._are_everyones(values, name):
+            self._cut(values, part)
+        else:
+            self._scatter(values, part, name)
+
+    def _are_everyones(self, values: Tensor, name: str) -> bool:
+        """Whether all ranks have the same ``values``, as they do that drew them alike: then none has to send them."""
+        if self._communicator.size == 1:
+            return True
+        if values.nbytes < COMPARED_NBYTES or values.device.type != "cpu":
+            return False
+        # As the bits of a signed number. A rank without the native core asks all others to take rank 0's values.
+        mine = checksum(values.contiguous())
+        sums = torch.empty(self._communicator.size, dtype=torch.int64)
+        sums[self._communicator.rank] = self._communicator.rank if mine is None else mine - (1 << 63)
+        self._communicator.all_gather(sums, purpose=f"comparison of {name}").wait()
+        return bool((sums == sums[0]).all())
+
+    def _cut(self, values: Tensor, part: UnitPart) -> None:
+        own, flat = part.flat.own_slice(part.bucket), values.reshape(-1)
+        end = 0
+        for fragment in part.bucket.fragments(self._communicator.rank):
+            start = fragment.parameter_start
+            own[fragment.slice_range].copy_(flat[start : start + fragment.numel])
+            end = fragment.slice_range.stop
+        own[end:].zero_()
+        part.chunk.evict()
+
+    def _scatter(self, values: Tensor, part: UnitPart, name: str) -> None:
         own, whole = part.flat.own_slice(part.bucket), None
         if self._communicator.rank == 0:
             (placement,) = part.bucket.placements
@@ -186,7 +219,7 @@ class ModuleSharder:
             whole[placement.start : placement.stop].view(placement.spec.shape).copy_(values)
             for gap in part.bucket.gaps:
                 whole[gap].zero_()
-        pending = self._communicator.scatter(whole, own, purpose=purpose)
+        pending = self._communicator.scatter(whole, own, purpose=f"scatter of {name}")
         self._under_way.append(_UnderWay(pending, whole, part.chunk if part.chunk.evictables() else None))
 
     def _adopt(
@@ -219,8 +252,7 @@ class ModuleSharder:
             unit = self._touched.popleft()
             (part,) = unit.parts
             for parameter in unit.parameters():
-                purpose = f"scatter of {unit.describe(parameter)}"
-                self._scatter(parameter.detach(), part, purpose=purpose)
+                self._keep(parameter.detach(), part, name=unit.describe(parameter))
             unit.let_go()
 
     @torch.no_grad()

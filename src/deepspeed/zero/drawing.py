@@ -19,7 +19,7 @@ from ..native import draws
 
 _ATEN = torch.ops.aten
 
-_FILLS: dict[Any, tuple[Callable[[Tensor, float, float], bool], tuple[float, float]]] = {
+_FILLS: dict[Any, tuple[Callable[..., bool], tuple[float, ...]]] = {
     _ATEN.uniform_.default: (draws.uniform_, (0.0, 1.0)),
     _ATEN.normal_.default: (draws.normal_, (0.0, 1.0)),
 }
@@ -39,11 +39,10 @@ class FastDraws(TorchDispatchMode):
         """Draw in place of ``func``, or call it."""
         kwargs = kwargs or {}
         if func in _FILLS and type(args[0]) in (Tensor, nn.Parameter):
-            out = args[0]
+            out, *given = args
             fill, defaults = _FILLS[func]
-            first, second = (*args[1:], *defaults[len(args) - 1 :])
             if out.is_contiguous():
                 prefer_huge_pages(out)
-            if not kwargs and fill(out, first, second):
+            if not kwargs and fill(out, *given, *defaults[len(given) :]):
                 return out
         return func(*args, **kwargs)

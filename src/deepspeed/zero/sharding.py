@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -21,6 +23,7 @@ from .plan import UnitPlan
 from .released import home_of, shape_of
 from .scopes import ModuleScopes
 from .tiers import IN_MEMORY, Tiers
+from .unfreezing import check_frozen_alike
 from .units import ParameterUnit, Replica, Resident, UnitPart
 
 
@@ -81,6 +84,19 @@ class ShardedModel:
         """This rank's slices of what is sharded and not trained."""
         flat = self.frozen
         return tuple(FlatShard(flat.own_slice(bucket), bucket, flat.shard) for bucket in flat.layout.buckets)
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """A backward runs inside, the same on all ranks where they fetch together. Raises RuntimeError where ranks have frozen
+        other parameters than others, and what :meth:`ModuleScopes.backward` raises."""
+        with self.scopes.backward():
+            if self.scopes.fetcher.units:
+                check_frozen_alike(self._parameters, self.groups.everyone)
+            yield
+
+    @cached_property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.module.named_parameters())
 
     def close(self) -> None:
         """Take the hooks off the modules and free the masters. What units sharded stays so, as ``zero.Init`` leaves it;

@@ -5,16 +5,22 @@ gradient nevertheless (``requires_grad_(True)`` between two steps) that waits in
 PyTorch. There all ranks learn of it in the agreement that precedes the step, lay it out in buckets behind the others, and
 reduce its gradient with the late ones; from then on it is a parameter as any other. One that stage 3 has sharded moves
 within its unit, from the slice of what is only sharded to one with a master.
+
+Below stage 3 it may be unfrozen on some ranks alone: on the others its gradient is zero. At stage 3 ranks fetch together in
+backward, and must come by the same modules: they compare what is frozen before each backward.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from ..comm.communicator import Communicator
 from ..memory.layout import ParameterSpec
 from ..optim.segments import FlatShard
 from .released import home_of, shape_of
@@ -76,6 +82,35 @@ class FrozenParameters:
                 ", ".join(found[:5]),
                 " and others" if len(found) > 5 else "",
             )
+
+
+def check_frozen_alike(parameters: Mapping[str, nn.Parameter], communicator: Communicator) -> None:
+    """Raise RuntimeError, on every rank, where one of ``parameters`` is frozen on some of the ranks alone. Called on all
+    ranks, with the same parameters."""
+    if communicator.size == 1 or not parameters:
+        return
+    mine = bytes(p.requires_grad for p in parameters.values())
+    device = next(iter(parameters.values())).device
+    digests = torch.empty(communicator.size, dtype=torch.int64, device=device)
+    digests[communicator.rank] = int.from_bytes(hashlib.blake2b(mine, digest_size=8).digest(), "little", signed=True)
+    communicator.all_gather(digests, purpose="comparison of what is frozen").wait()
+    if bool((digests == digests[0]).all()):
+        return
+    everyone = communicator.gather_objects(mine, purpose="search for what is frozen on some ranks")
+    flags = dict(zip(parameters, zip(*everyone, strict=True), strict=True))
+    differing = [name for name, of_ranks in flags.items() if len(set(of_ranks)) > 1]
+    trained = [rank for rank, flag in enumerate(flags[differing[0]]) if flag]
+    frozen = [rank for rank, flag in enumerate(flags[differing[0]]) if not flag]
+    others = f" and {len(differing) - 1} more are" if len(differing) > 1 else " is"
+    raise RuntimeError(
+        f"'{differing[0]}'{others} trained on some ranks and frozen on others: it has requires_grad on {_ranks(trained)}, and "
+        f"not on {_ranks(frozen)}. At ZeRO stage 3 all ranks run the same backward: call requires_grad_ alike on every rank, "
+        "before the forward"
+    )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def unfreeze(optimizer: ShardedOptimizer, names: Collection[str]) -> None:
