@@ -239,9 +239,13 @@ double squared_sum(const void* data, Dtype dtype, std::size_t numel) {
     return total;
 }
 
+#include "packing.inl"
+
 }  // namespace
 
-extern const Kernels KERNELS_TABLE = {KERNELS_STRING(KERNELS_NAME), adam_step, lion_step, adagrad_step,
-                                       scaled_sum, squared_sum};
+extern const Kernels KERNELS_TABLE = {
+    KERNELS_STRING(KERNELS_NAME), adam_step, lion_step, adagrad_step, scaled_sum, squared_sum, quantize, dequantize, split,
+    merge,
+};
 
 }  // namespace deepspeed
