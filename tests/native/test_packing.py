@@ -91,5 +91,5 @@ def test_split_numbers_are_exact_and_their_high_half_is_the_nearest_bf16(
 
 
 def test_what_does_not_fit_is_an_error() -> None:
-    with pytest.raises(ValueError, match="300 torch.float32 values need as many contiguous uint8 codes and 2 fp32 scales"):
+    with pytest.raises(ValueError, match=r"300 torch\.float32 values need as many contiguous uint8 codes and 2 fp32 scales"):
         packing.quantize(torch.ones(300), torch.empty(300, dtype=torch.uint8), torch.empty(1))
