@@ -60,6 +60,24 @@ struct RandomState {
     std::size_t next;
 };
 
+// The 8-bit codes, for magnitudes alone and with a sign, as packing.py makes them.
+struct Code {
+    float thresholds[8];
+    float slopes[8];
+    float offsets[8];
+    float values[256];
+};
+
+struct CodeBook {
+    Code eight;
+    Code seven;
+};
+
+// Whether fp32 `bits` are just between two bf16 numbers, of which the upper one is even. NaN has none beside it.
+static inline bool is_tie(std::uint32_t bits) {
+    return (bits & 0x1FFFFu) == 0x18000u && (bits & 0x7FFFFFFFu) <= 0x7F800000u;
+}
+
 struct Kernels {
     const char* name;
     void (*adam_step)(const StepTensors& tensors, float* exp_avg, float* exp_avg_sq, const AdamNumbers& numbers);
@@ -74,6 +92,12 @@ struct Kernels {
     void (*uniform)(RandomState& state, void* out, Dtype dtype, std::size_t numel, float low, float high, bool fused);
     // out: fp32 or bf16, at least 16 elements.
     void (*normal)(RandomState& state, void* out, Dtype dtype, std::size_t numel, float mean, float deviation);
+    // Of whole blocks, but for the last.
+    void (*quantize)(const float* values, std::uint8_t* codes, float* scales, std::size_t numel, const CodeBook& book);
+    void (*dequantize)(const std::uint8_t* codes, const float* scales, float* values, std::size_t numel,
+                       const CodeBook& book);
+    std::size_t (*split)(const float* values, std::uint16_t* high, std::uint16_t* low, std::size_t numel);
+    void (*merge)(const std::uint16_t* high, const std::uint16_t* low, float* values, std::size_t numel);
 };
 
 extern const Kernels portable_kernels;

@@ -259,9 +259,13 @@ std::uint64_t checksum(const void* data, std::size_t nbytes) {
 
 #include "random.inl"
 
+#include "packing.inl"
+
 }  // namespace
 
-extern const Kernels KERNELS_TABLE = {KERNELS_STRING(KERNELS_NAME), adam_step, lion_step, adagrad_step, scaled_sum,
-                                       squared_sum, checksum, uniform, normal};
+extern const Kernels KERNELS_TABLE = {
+    KERNELS_STRING(KERNELS_NAME), adam_step, lion_step, adagrad_step, scaled_sum, squared_sum, checksum, uniform, normal,
+    quantize, dequantize, split, merge,
+};
 
 }  // namespace deepspeed

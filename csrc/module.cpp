@@ -27,6 +27,9 @@ constexpr std::size_t GRAIN = std::size_t{1} << 18;
 // Elements of one partial sum of squares. Fixed, so that the result does not depend on the number of threads.
 constexpr std::size_t NORM_BLOCK = std::size_t{1} << 16;
 
+// Elements that share a scale.
+constexpr std::size_t SCALED = 256;
+
 std::vector<const Kernels*> supported() {
     std::vector<const Kernels*> kernels{&portable_kernels};
 #ifdef DEEPSPEED_X86
@@ -188,6 +191,55 @@ std::size_t normal(Address words, std::size_t next, Address out, int dtype, std:
     });
 }
 
+template <typename T>
+T* pointer(Address address, std::size_t element) {
+    return reinterpret_cast<T*>(address) + element;
+}
+
+void quantize(Address values, Address codes, Address scales, std::size_t numel, Address book, int threads) {
+    const Kernels* kernels = active();
+    parallel(numel, threads, SCALED, [&](std::size_t begin, std::size_t end) {
+        kernels->quantize(pointer<float>(values, begin), pointer<std::uint8_t>(codes, begin),
+                          pointer<float>(scales, begin / SCALED), end - begin, *pointer<CodeBook>(book, 0));
+    });
+}
+
+void dequantize(Address codes, Address scales, Address values, std::size_t numel, Address book, int threads) {
+    const Kernels* kernels = active();
+    parallel(numel, threads, SCALED, [&](std::size_t begin, std::size_t end) {
+        kernels->dequantize(pointer<std::uint8_t>(codes, begin), pointer<float>(scales, begin / SCALED),
+                            pointer<float>(values, begin), end - begin, *pointer<CodeBook>(book, 0));
+    });
+}
+
+// The indices of what was rounded up from just between two, in order.
+std::vector<std::int64_t> split(Address values, Address high, Address low, std::size_t numel, int threads) {
+    const Kernels* kernels = active();
+    std::vector<std::vector<std::int64_t>> found((numel + NORM_BLOCK - 1) / NORM_BLOCK);
+    parallel(numel, threads, NORM_BLOCK, [&](std::size_t begin, std::size_t end) {
+        for (std::size_t start = begin; start < end; start += NORM_BLOCK) {
+            const std::size_t stop = std::min(start + NORM_BLOCK, end);
+            const float* part = pointer<float>(values, start);
+            if (!kernels->split(part, pointer<std::uint16_t>(high, start), pointer<std::uint16_t>(low, start), stop - start))
+                continue;
+            for (std::size_t i = start; i < stop; ++i)
+                if (is_tie(*pointer<std::uint32_t>(values, i)))
+                    found[start / NORM_BLOCK].push_back(static_cast<std::int64_t>(i));
+        }
+    });
+    std::vector<std::int64_t> all;
+    for (const auto& some : found) all.insert(all.end(), some.begin(), some.end());
+    return all;
+}
+
+void merge(Address high, Address low, Address values, std::size_t numel, int threads) {
+    const Kernels* kernels = active();
+    parallel(numel, threads, 64, [&](std::size_t begin, std::size_t end) {
+        kernels->merge(pointer<std::uint16_t>(high, begin), pointer<std::uint16_t>(low, begin),
+                       pointer<float>(values, begin), end - begin);
+    });
+}
+
 }  // namespace
 }  // namespace deepspeed
 
@@ -232,5 +284,9 @@ NB_MODULE(_core, module) {
     module.def("uniform", &uniform, unlocked, "words"_a, "next"_a, "out"_a, "dtype"_a, "numel"_a, "low"_a, "high"_a,
                "fused"_a);
     module.def("normal", &normal, unlocked, "words"_a, "next"_a, "out"_a, "dtype"_a, "numel"_a, "mean"_a, "deviation"_a);
+    module.def("quantize", &quantize, unlocked, "values"_a, "codes"_a, "scales"_a, "numel"_a, "book"_a, "threads"_a);
+    module.def("dequantize", &dequantize, unlocked, "codes"_a, "scales"_a, "values"_a, "numel"_a, "book"_a, "threads"_a);
+    module.def("split", &split, unlocked, "values"_a, "high"_a, "low"_a, "numel"_a, "threads"_a);
+    module.def("merge", &merge, unlocked, "high"_a, "low"_a, "values"_a, "numel"_a, "threads"_a);
     bind_files(module);
 }

@@ -96,6 +96,8 @@ def _contradictions(config: RootSection) -> list[Problem]:
     zero = config.zero_optimization
     if config.fp16.enabled and config.bf16.enabled:
         problems.append(Problem("fp16.enabled, bf16.enabled", "both are true; a model has one of them. Set one to false."))
+    if config.data_types.split_master and not config.bf16.enabled:
+        problems.append(Problem("data_types.split_master", "needs bf16.enabled: it is the other half of bf16 parameters."))
     if zero.offloads_optimizer and zero.stage < 1:
         problems.append(Problem("zero_optimization.offload_optimizer", "needs stage 1, 2 or 3; found stage 0."))
     if zero.offloads_parameters and zero.stage < 3:

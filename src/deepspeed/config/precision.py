@@ -57,10 +57,24 @@ class TorchAutocastConfig(Section):
 
 
 class DataTypesConfig(Section):
-    """Data types of states."""
+    """Data types of states (docs/optimizers.md)."""
 
     grad_accum_dtype: DtypeName | None = key(
         None,
         "The dtype in which gradients accumulate. Left out: fp32 where several micro-batches of a 16-bit model "
         "accumulate, else the model's dtype.",
     )
+    optimizer_state_bits: Literal[8, 32] = key(
+        32,
+        "8 keeps the optimizer's states as block-wise 8-bit numbers between steps, at any stage and on any tier.",
+        unit="bits",
+    )
+    split_master: bool = key(
+        False,
+        "Keep of the fp32 master of a bf16 parameter the 16 bits that the parameter lacks: the same in 4 bytes, not 6.",
+    )
+
+    @property
+    def packs(self) -> bool:
+        """Whether any state is packed while nobody computes with it."""
+        return self.split_master or self.optimizer_state_bits == 8

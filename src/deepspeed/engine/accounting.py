@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from ..memory.estimate import ModelStateBytes
+from ..memory.packed import QuantizingTier
 from ..zero.optimizer import ShardedOptimizer
 from ..zero.sharding import ShardedModel
 
@@ -22,8 +23,10 @@ def measure_model_states(
         return ModelStateBytes(parameters=parameters, gradients=0, master=0, optimizer=0)
     gradients = _bytes([t for kept in (True, False) for t in optimizer.reducer.buffers(kept=kept)], seen)
     gradients += _bytes((p.grad for p in module.parameters() if p.grad is not None), seen)
-    master = _bytes(optimizer.flat.masters, seen)
-    states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    split = [tensor for _, split in optimizer.flat.splits.values() for tensor in (split.low, split.ties)]
+    master = _bytes([*optimizer.flat.masters, *split], seen)
+    states = [t for tier in optimizer.flat.optimizer_tiers if isinstance(tier, QuantizingTier) for t in tier.tensors()]
+    states += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
     return ModelStateBytes(parameters=parameters, gradients=gradients, master=master, optimizer=_bytes(states, seen))
 
 

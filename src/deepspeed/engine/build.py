@@ -14,6 +14,8 @@ from ..comm.agreement import on_all_ranks
 from ..comm.communicator import Communicator
 from ..comm.sharding import ShardGroups
 from ..config import DeepSpeedConfig
+from ..memory.layout import ALIGNMENT
+from ..native.packing import BLOCK_NUMEL
 from ..optim import build_optimizer, build_scheduler, has_stepped, refuse_all_at_once, refuse_unsuited, split_parameter_groups
 from ..zero.arrivals import is_reduced
 from ..zero.fetching import FetchLimits
@@ -31,6 +33,9 @@ from ..zero.tiers import GradientTier, open_tiers, refuse_other_devices
 from ..zero.unfreezing import FrozenParameters
 from .agreement import check_ranks_agree, describe
 from .precision import PrecisionPolicy, build_loss_scaler
+
+PACKED_CHUNK_NUMEL = 1 << 22
+"""Elements of a slice that are unpacked at once at stage 3, a larger parameter apart."""
 
 OptimizerArgument = torch.optim.Optimizer | Callable[[Iterable[Any]], torch.optim.Optimizer] | None
 
@@ -101,6 +106,8 @@ def build_layout(
         shards=ranks if policy.shard_optimizer else 1,
         bucket_numel=config.zero_optimization.bucket_numel,
         unit_bucket_numel=chunk_numel(config) * ranks,
+        # Blocks of 8-bit states then neither straddle parameters nor depend on how many ranks share a slice.
+        alignment=BLOCK_NUMEL if config.data_types.optimizer_state_bits == 8 else ALIGNMENT,
     )
 
 
@@ -110,7 +117,7 @@ def chunk_numel(config: DeepSpeedConfig) -> int:
     zero = config.zero_optimization
     offload = zero.offload_optimizer
     if offload.device != "nvme":
-        return sys.maxsize
+        return PACKED_CHUNK_NUMEL if config.data_types.packs else sys.maxsize
     at_once = 1 + offload.reads_ahead + offload.writes_behind
     return max(1, min(zero.sub_group_size, offload.buffer_count * offload.buffer_size // (4 * at_once)))
 
@@ -198,7 +205,9 @@ def shard_model(
         refuse_other_devices(config)
         optimizer = _inner_optimizer(module, request, config)
         if optimizer is not None and config.zero_optimization.offload_optimizer.device == "nvme":
-            refuse_all_at_once(optimizer)
+            refuse_all_at_once(optimizer, "cannot lie on a disk: set zero_optimization.offload_optimizer.device to cpu or none")
+        if optimizer is not None and config.data_types.packs:
+            refuse_all_at_once(optimizer, "cannot be packed: leave data_types.optimizer_state_bits and split_master out")
         return optimizer, name_parameters(module, optimizer.param_groups) if optimizer is not None else {}
 
     optimizer, named = on_all_ranks(prepare, communicator, what="deepspeed.initialize")

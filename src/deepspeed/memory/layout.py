@@ -24,7 +24,7 @@ from functools import cached_property
 from math import prod
 
 ALIGNMENT = 32
-"""Elements to which each parameter's start is aligned: 64 bytes at 16 bits, as torch's own CPU allocations are."""
+"""Elements to which each parameter's start is aligned, if no more: 64 bytes at 16 bits, as torch's own CPU allocations are."""
 
 
 @dataclass(frozen=True)
@@ -136,20 +136,27 @@ class FlatLayout:
 
     buckets: tuple[Bucket, ...]
     shards: int
+    alignment: int = ALIGNMENT
 
     @staticmethod
     def build(
-        parameters: Iterable[ParameterSpec], *, shards: int, bucket_numel: int, unit_bucket_numel: int = sys.maxsize
+        parameters: Iterable[ParameterSpec],
+        *,
+        shards: int,
+        bucket_numel: int,
+        unit_bucket_numel: int = sys.maxsize,
+        alignment: int = ALIGNMENT,
     ) -> FlatLayout:
         """Lay out ``parameters`` (in registration order) for ``shards`` ranks.
 
         Buckets fill in reverse registration order, which is about the order in which backward produces gradients,
         and close before they would exceed ``bucket_numel`` elements, or in a unit ``unit_bucket_numel``; a larger
-        parameter has a bucket of its own. They are ordered by the parameter that completes them.
+        parameter has a bucket of its own. They are ordered by the parameter that completes them. Parameters and slices
+        start at multiples of ``alignment`` elements.
         """
         if shards < 1:
             raise ValueError(f"a layout needs at least one shard, got {shards}")
-        return FlatLayout((), shards).extended(
+        return FlatLayout((), shards, alignment).extended(
             parameters, bucket_numel=bucket_numel, unit_bucket_numel=unit_bucket_numel
         )
 
@@ -161,7 +168,7 @@ class FlatLayout:
         buckets: list[_Filling] = []
         for position, spec in enumerate(reversed(list(parameters))):
             key = (spec.unit, spec.group, spec.dtype)
-            start = filling[key].next_start if key in filling else 0
+            start = _aligned(filling[key].placements[-1].stop, self.alignment) if key in filling else 0
             limit = bucket_numel if spec.unit is None else unit_bucket_numel
             if key not in filling or start + spec.numel > limit:
                 start = 0
@@ -170,8 +177,9 @@ class FlatLayout:
             filling[key].placements.append(Placement(spec, start))
             filling[key].completed_by = position
         buckets.sort(key=lambda bucket: bucket.completed_by)
-        further = (_close(index, b.placements, self.shards) for index, b in enumerate(buckets, len(self.buckets)))
-        return FlatLayout((*self.buckets, *further), self.shards)
+        known, multiple = len(self.buckets), self.alignment * self.shards
+        further = (_close(index, bucket.placements, self.shards, multiple) for index, bucket in enumerate(buckets, known))
+        return FlatLayout((*self.buckets, *further), self.shards, self.alignment)
 
     def without(self, names: Collection[str]) -> FlatLayout:
         """This layout with gaps where the parameters ``names`` were: the others stay where they are."""
@@ -179,7 +187,7 @@ class FlatLayout:
         def thinned(bucket: Bucket) -> Bucket:
             return replace(bucket, placements=tuple(p for p in bucket.placements if p.spec.name not in names))
 
-        return FlatLayout(tuple(map(thinned, self.buckets)), self.shards)
+        return replace(self, buckets=tuple(map(thinned, self.buckets)))
 
     @cached_property
     def homes(self) -> Mapping[str, tuple[Bucket, Placement]]:
@@ -209,16 +217,12 @@ class _Filling:
     placements: list[Placement] = field(default_factory=list)
     completed_by: int = 0
 
-    @property
-    def next_start(self) -> int:
-        return _aligned(self.placements[-1].stop, ALIGNMENT)
-
 
 def _aligned(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
 
 
-def _close(index: int, placements: list[Placement], shards: int) -> Bucket:
+def _close(index: int, placements: list[Placement], shards: int, multiple: int) -> Bucket:
     spec = placements[0].spec
-    numel = _aligned(placements[-1].stop, ALIGNMENT * shards)
+    numel = _aligned(placements[-1].stop, multiple)
     return Bucket(index, spec.group, spec.dtype, spec.unit, tuple(placements), numel, shards)

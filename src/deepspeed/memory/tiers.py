@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -182,19 +183,41 @@ def id_of(storage: torch.UntypedStorage) -> int:
     return storage._cdata
 
 
+class Movable(Protocol):
+    """What a chunk moves: an evictable, or what does the same by other means."""
+
+    def start_fetch(self) -> None:
+        """Begin to have the values in memory."""
+
+    def fetch(self) -> None:
+        """Have the values in memory."""
+
+    def claim(self) -> None:
+        """Have memory for values that are about to be overwritten."""
+
+    def start_evict(self) -> None:
+        """Begin to move the values away."""
+
+    def evict(self) -> None:
+        """Have the values away."""
+
+    def drop(self) -> None:
+        """Free the memory of values that are as they were fetched."""
+
+
 class Chunk:
     """The evictables that ``sources`` return: which these are may change while the chunk is in memory."""
 
     def __init__(self) -> None:
-        self._sources: list[Callable[[], Iterable[Evictable]]] = []
+        self._sources: list[Callable[[], Iterable[Movable]]] = []
         self._holders = 0
         self._changed = False
 
-    def include(self, source: Callable[[], Iterable[Evictable]]) -> None:
+    def include(self, source: Callable[[], Iterable[Movable]]) -> None:
         """Move what ``source`` returns, too."""
         self._sources.append(source)
 
-    def evictables(self) -> list[Evictable]:
+    def evictables(self) -> list[Movable]:
         """Those that there are now."""
         found = {id(evictable): evictable for source in self._sources for evictable in source()}
         return list(found.values())

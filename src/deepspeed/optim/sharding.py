@@ -118,12 +118,13 @@ def refuse_unsuited(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def refuse_all_at_once(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError for an optimizer that cannot step slice by slice, but needs all states at once."""
+def refuse_all_at_once(optimizer: torch.optim.Optimizer, remedy: str) -> None:
+    """Raise ValueError for an optimizer that cannot step slice by slice, but needs all states at once; ``remedy`` says what
+    is not possible so, and what to set instead."""
     if not isinstance(optimizer, ShardStepping) and type(optimizer) not in ELEMENTWISE:
         raise ValueError(
-            f"{type(optimizer).__name__} needs all its states at once, so they cannot lie on a disk: set "
-            "zero_optimization.offload_optimizer.device to cpu or none, or use an elementwise optimizer such as AdamW"
+            f"{type(optimizer).__name__} needs all its states at once, so they {remedy}, or use an elementwise optimizer such "
+            "as AdamW"
         )
 
 

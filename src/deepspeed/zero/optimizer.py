@@ -183,7 +183,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """This rank's part: the inner optimizer's state, the fp32 slices, the loss scaler. To load it again, world
         size and stage must be the same; ``save_checkpoint`` has no such limit. RuntimeError where states lie on a disk."""
-        self._refuse_from_disk("state_dict")
+        self._refuse_out_of_memory("state_dict")
         self.flat.presence.require("optimizer.state_dict()")
         return {
             "optimizer": self.optimizer.state_dict(),
@@ -197,7 +197,7 @@ class ShardedOptimizer(DeepSpeedOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` of the same rank, world size and stage returned. RuntimeError where states lie on a
         disk."""
-        self._refuse_from_disk("load_state_dict")
+        self._refuse_out_of_memory("load_state_dict")
         self.flat.presence.require("optimizer.load_state_dict()")
         theirs, ours = state_dict["partition_count"], self.flat.layout.shards
         if theirs != ours:
@@ -271,11 +271,12 @@ class ShardedOptimizer(DeepSpeedOptimizer):
         for pending in gathers:
             pending.wait()
 
-    def _refuse_from_disk(self, name: str) -> None:
-        if self.flat.tiers.states is not None:
+    def _refuse_out_of_memory(self, name: str) -> None:
+        tiers = self.flat.tiers
+        if tiers.states is not None or tiers.quantized_states or tiers.split_masters:
             raise RuntimeError(
-                f"{name} would have the optimizer's states, which lie on a disk, in memory at once: use save_checkpoint and "
-                "load_checkpoint of the engine"
+                f"{name} would have the optimizer's states, which lie on a disk or are packed (data_types), in memory at once: "
+                "use save_checkpoint and load_checkpoint of the engine"
             )
 
     def _gradients(self) -> Iterable[tuple[FlatShard, tuple[Bucket, Tensor]]]:

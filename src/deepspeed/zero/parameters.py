@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..comm.communicator import Communicator
 from ..comm.operations import DONE, Pending
 from ..memory.layout import Bucket, FlatLayout, Placement
-from ..memory.tiers import Chunk, Evictable, FileTier
+from ..memory.packed import PackedEvictable, QuantizingTier, Split
+from ..memory.tiers import Chunk, Evictable, FileTier, Movable
 from . import released
 from .presence import Presence
 from .tiers import IN_MEMORY, Tiers
@@ -60,6 +61,8 @@ class FlatParameters:
         self.chunks: list[Chunk] = []
         self.parameter_tiers: list[FileTier | None] = []
         self.state_tiers: list[FileTier | None] = []
+        self.optimizer_tiers: list[FileTier | QuantizingTier | None] = []
+        self.splits: dict[int, tuple[PackedEvictable, Split]] = {}
         self.tiers = tiers
         self.settle: Callable[[], None] = lambda: None
         self.presence = Presence()
@@ -125,23 +128,40 @@ class FlatParameters:
 
     def _add_chunk(self, bucket: Bucket) -> None:
         """Let the slice and the master of ``bucket`` move to their tiers."""
-        self.state_tiers.append(self.tiers.of_states(bucket))
+        file = self.tiers.of_states(bucket)
+        self.state_tiers.append(file)
+        self.optimizer_tiers.append(QuantizingTier(file) if self.tiers.quantized_states else file)
 
-        def mine() -> list[Evictable]:
-            parameters, states = self.parameter_tiers[bucket.index], self.state_tiers[bucket.index]
-            own, master = self.slices[bucket.index], self.masters[bucket.index]
-            slices = [parameters.evictable(own)] if parameters is not None and own.numel() else []
-            masters = [states.evictable(master)] if states is not None and master is not own and master.numel() else []
-            return slices + masters
+        def slices() -> list[Evictable]:
+            parameters, own = self.parameter_tiers[bucket.index], self.slices[bucket.index]
+            return [parameters.evictable(own)] if parameters is not None and own.numel() else []
+
+        master = self.masters[bucket.index]
+        if self.tiers.split_masters and self._can_split(bucket):
+            split = Split(master, lambda: self.slices[bucket.index], slices, file)
+            self.splits[bucket.index] = PackedEvictable(master, split), split
+
+        def mine() -> list[Movable]:
+            states, master = self.state_tiers[bucket.index], self.masters[bucket.index]
+            if bucket.index in self.splits:  # first, since packing writes the slice
+                return [self.splits[bucket.index][0], *slices()]
+            apart = states is not None and master is not self.slices[bucket.index] and master.numel()
+            return [*slices(), *([states.evictable(master)] if states is not None and apart else [])]
 
         self.chunks.append(Chunk())
         self.chunks[-1].include(mine)
 
+    def _can_split(self, bucket: Bucket) -> bool:
+        own, master = self.slices[bucket.index], self.masters[bucket.index]
+        return own.dtype == torch.bfloat16 and master.dtype == torch.float32 and master.numel() > 0
+
     def drop_masters(self) -> None:
         """Keep the values in the model's dtype alone, and no file of states."""
+        self.splits.clear()
         self.masters = list(self.slices)
         self.state_tiers = [None] * len(self.state_tiers)
-        self.tiers = replace(self.tiers, states=None)
+        self.optimizer_tiers = [None] * len(self.optimizer_tiers)
+        self.tiers = replace(self.tiers, states=None, quantized_states=False, split_masters=False)
 
     def drop(self, bucket: Bucket) -> None:
         """Free the memory of a unit's ``bucket``, whose parameters have all left."""

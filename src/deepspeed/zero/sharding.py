@@ -13,7 +13,7 @@ from torch import nn
 
 from ..comm.communicator import Communicator
 from ..comm.sharding import ShardGroups
-from ..memory.layout import FlatLayout, ParameterSpec
+from ..memory.layout import ALIGNMENT, FlatLayout, ParameterSpec
 from ..optim.segments import FlatShard
 from . import released
 from .arriving import Hops
@@ -46,6 +46,7 @@ class ModelLayout:
         shards: int,
         bucket_numel: int,
         unit_bucket_numel: int = sys.maxsize,
+        alignment: int = ALIGNMENT,
     ) -> ModelLayout:
         """Lay out ``module`` for ``shards`` ranks. ``group_of`` is the optimizer group of each trained parameter, by
         its first name; ``dtype_of`` says which dtype a parameter is to have."""
@@ -63,7 +64,9 @@ class ModelLayout:
         frozen = [spec for spec in specs if spec.name not in group_of and spec.unit is not None]
 
         def build(of: Iterable[ParameterSpec]) -> FlatLayout:
-            return FlatLayout.build(of, shards=shards, bucket_numel=bucket_numel, unit_bucket_numel=unit_bucket_numel)
+            return FlatLayout.build(
+                of, shards=shards, bucket_numel=bucket_numel, unit_bucket_numel=unit_bucket_numel, alignment=alignment
+            )
 
         return ModelLayout(plan, build(trained), build(frozen))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import native
 from ..memory.layout import Bucket
-from ..memory.tiers import Evictable
+from ..memory.tiers import Evictable, Movable
 from ..optim.segments import FlatShard
 from ..optim.sharding import ShardUpdate
 from .parameters import FlatParameters
@@ -28,10 +28,10 @@ def move_with_masters(optimizer: ShardedOptimizer, shards: Iterable[FlatShard]) 
 
 def give_up_states(optimizer: ShardedOptimizer, shard: FlatShard) -> None:
     """Give up the places of the states of ``shard``, which others are to replace."""
-    file = optimizer.flat.state_tiers[shard.bucket.index]
-    if file is not None:
+    tier = optimizer.flat.optimizer_tiers[shard.bucket.index]
+    if tier is not None:
         for tensor in _states_of(optimizer, shard):
-            file.forget(tensor)
+            tier.forget(tensor)
 
 
 def squared_norms(reducer: GradientReducer) -> Iterator[tuple[float, bool]]:
@@ -64,20 +64,21 @@ def in_turn(updates: Sequence[ShardUpdate], flat: FlatParameters, reducer: Gradi
 
 def _overwritten(update: ShardUpdate, flat: FlatParameters) -> Evictable | None:
     """What of the chunk of ``update`` need not be read, for the step writes all of it: the 16-bit slice, unless a part of it
-    is of parameters that are left alone."""
-    tier = flat.parameter_tiers[update.shard.bucket.index]
-    if tier is None or update.out is None or not update.out.numel():
+    is of parameters that are left alone, or it is half of the master."""
+    bucket = update.shard.bucket.index
+    tier = flat.parameter_tiers[bucket]
+    if tier is None or update.out is None or not update.out.numel() or bucket in flat.splits:
         return None
     whole = all(fragment.spec.name not in update.unused for fragment in update.shard.fragments)
     return tier.evictable(update.out) if whole else None
 
 
-def _below_memory(optimizer: ShardedOptimizer, shard: FlatShard) -> list[Evictable]:
+def _below_memory(optimizer: ShardedOptimizer, shard: FlatShard) -> list[Movable]:
     if not optimizer.shards:  # the engine was destroyed, and the model kept its slices
         return []
-    file = optimizer.flat.state_tiers[shard.bucket.index]
-    mine = [] if file is None else [file.evictable(tensor) for tensor in _states_of(optimizer, shard)]
-    return mine + _gradients_below(optimizer.reducer, shard.bucket)
+    tier = optimizer.flat.optimizer_tiers[shard.bucket.index]
+    mine = [] if tier is None else [tier.evictable(tensor) for tensor in _states_of(optimizer, shard)]
+    return [*(evictable for evictable in mine if evictable is not None), *_gradients_below(optimizer.reducer, shard.bucket)]
 
 
 def _states_of(optimizer: ShardedOptimizer, shard: FlatShard) -> Iterator[Tensor]:

@@ -42,7 +42,9 @@ class Allowance:
 @dataclass(frozen=True)
 class Tiers:
     """The tier of ``parameters`` (the slices of units) and of ``states`` (masters, the optimizer's, and gradients that are
-    sharded); None is memory. ``ahead`` and ``behind``: whether the step reads and writes while it computes."""
+    sharded); None is memory. ``ahead`` and ``behind``: whether the step reads and writes while it computes. While nobody does,
+    the optimizer's states are 8-bit numbers with ``quantized_states``, and with ``split_masters`` those of bf16 parameters are
+    the low halves of their bits."""
 
     parameters: FileTier | None = None
     states: FileTier | None = None
@@ -50,6 +52,8 @@ class Tiers:
     states_in_memory: Allowance = field(default_factory=Allowance)
     ahead: bool = True
     behind: bool = True
+    quantized_states: bool = False
+    split_masters: bool = False
 
     def asked_in_advance(self) -> Tiers:
         """The same, to be asked what these will answer later."""
@@ -89,6 +93,8 @@ def open_tiers(config: DeepSpeedConfig) -> Tiers:
         states_in_memory=Allowance(share=1 - states.ratio),
         ahead=states.reads_ahead,
         behind=states.writes_behind,
+        quantized_states=config.data_types.optimizer_state_bits == 8,
+        split_masters=config.data_types.split_master,
     )
 
 
