@@ -126,7 +126,7 @@ def trained_engine(candidate: Candidate) -> Any:
     """An engine of ``engines.py`` after one step, so that it has optimizer states."""
     import torch
     from engines import Setup, build_engine
-    from gpt import GPT
+    from gpt import GPT, GPTShape
 
     if candidate.background:
         import deepspeed
@@ -139,7 +139,7 @@ def trained_engine(candidate: Candidate) -> Any:
 
         deepspeed.initialize = with_async
     setup = Setup(candidate.engine, candidate.stage, 1, "fp32", 1, "torch_adam")
-    engine = build_engine(GPT(), setup)
+    engine = build_engine(GPT(GPTShape()), setup)
     engine.backward(torch.randint(0, 1000, (1, 33)), last=True)
     engine.step()
     return engine
@@ -252,6 +252,9 @@ def main() -> None:
             found[candidate.name].append(measure(candidate, arguments.folder, arguments.ranks, arguments.others))
             nbytes = found[candidate.name][-1]["nbytes"]
             disk.append(nbytes / write_stream(arguments.folder / "stream", nbytes))
+            print(
+                candidate.name, json.dumps(found[candidate.name][-1]), f"disk {disk[-1] / 1e9:.2f}", file=sys.stderr, flush=True
+            )
     speed = statistics.median(disk)
     print(f"the disk takes {speed / 1e9:.2f} GB/s ({min(disk) / 1e9:.2f} to {max(disk) / 1e9:.2f})")
     print(f"{'':12} {'':7} {'seconds':>53} {'MB more':>27}")
