@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from deepspeed.checkpoint.background import BackgroundSaves, save_in_background
@@ -101,9 +102,10 @@ def seconds_of_a_save(directory: Path) -> float:
     return time.monotonic() - begin
 
 
+@pytest.mark.timeout(60 + 5 * KILLS)
 def test_saves_killed_at_random_moments_leave_the_last_good_checkpoint_and_no_torn_one(tmp_path):
     moments = random.Random(7)
-    seconds = seconds_of_a_save(tmp_path)
+    seconds = min(seconds_of_a_save(tmp_path) for _ in range(3))
     newest, torn, whole = 1, 0, 0
     for value in range(2, 2 + KILLS):
         children = begun(tmp_path, value, background=value % 2 == 0)
@@ -116,9 +118,10 @@ def test_saves_killed_at_random_moments_leave_the_last_good_checkpoint_and_no_to
         torn, whole, newest = torn + (found != value), whole + (found == value), found
         offered = [path for path in tmp_path.iterdir() if path.is_dir() and not path.name.startswith(".")]
         assert sorted(offered) == sorted(whole_checkpoints(tmp_path))
-        assert len({check(path) for path in offered}) == len(offered) <= KEEP + 1
+        assert len({check(path) for path in offered}) == len(offered)
     assert torn, "no kill came before the end of its save"
     print(f"\n{KILLS} kills: {torn} saves ended before they were whole, {whole} after")
     assert ended(begun(tmp_path, value + 1, background=False))
     assert check(find_checkpoint(tmp_path, str(read_latest(tmp_path)))) == value + 1
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert len(whole_checkpoints(tmp_path)) == KEEP

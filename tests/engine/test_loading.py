@@ -268,3 +268,37 @@ def test_a_save_in_the_midst_of_a_step_says_so_and_holds_the_state_before_it(ran
     for counters, weights in ranks(2, resumed_after_the_midst, str(tmp_path), stage):
         assert counters == (1, 3)
         assert_close(weights, expected, 1e-5)
+
+
+class Grown(Model):
+    """The same model with a further layer, without one bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.more = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.more(super().forward(x))
+
+
+def into_a_grown_model(directory: str, stage: int) -> tuple[list[str], bool, bool]:
+    engine = make_engine(Training(Grown, squared_output, config=TRAINING.config), stage)
+    before = state_of(engine.module)
+    with pytest.raises(RuntimeError, match=r"more.weight is missing there; .*last.bias is not in this model"):
+        engine.load_checkpoint(directory)
+    with lines_of_the_log() as lines:
+        engine.load_checkpoint(directory, load_module_strict=False)
+    after = state_of(engine.module)
+    train(engine, 2, 4)
+    same = torch.equal(after["more.weight"], before["more.weight"])
+    return lines, same, torch.equal(after["first.weight"], before["first.weight"])
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_new_layers_keep_their_values_where_a_load_is_not_strict_and_what_differs_is_listed(ranks, tmp_path, stage):
+    ranks(2, saved, str(tmp_path), 2)
+    (lines, more_kept, first_kept), (others, _, _) = ranks(2, into_a_grown_model, str(tmp_path), stage)
+    (line,) = [line for line in lines if "load_module_strict" in line]
+    assert "missing there and left as they are: more.weight, more.bias; not in this model: last.bias" in line
+    assert more_kept and not first_kept and others == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from ..accelerator import get_accelerator
 from ..accelerator.random import device_generator
 from ..checkpoint.activations.random_states import get_cuda_rng_tracker
+from ..checkpoint.reader import CheckpointReader
+from ..comm.communicator import Communicator
 from .loader import RepeatingLoader
 
 if TYPE_CHECKING:
@@ -22,15 +25,30 @@ def rank_states(engine: EngineInformation) -> dict[str, Any]:
     return {"random": random_states(), "data": None if engine._batches is None else engine._batches.position()}
 
 
-def restore_rank_states(engine: EngineInformation, saved: dict[str, Any], *, same_ranks: bool) -> None:
-    """Go on in the data where all ranks together were. Draw the random numbers that would have come next where there are
-    as many ranks as there were: others have none of their own to go on with."""
-    if saved["data"] is not None and engine.training_dataloader is not None:
+@dataclass(frozen=True)
+class Resumption:
+    """What this rank goes on with: a place in the data, and random states, None where they belong to other ranks."""
+
+    data: dict[str, int] | None
+    random: dict[str, Any] | None
+
+
+def resumption(reader: CheckpointReader, communicator: Communicator) -> Resumption:
+    """What the checkpoint has for this rank. All ranks were at one place in the data; random states are each rank's own, and
+    those of another number of ranks are nobody's."""
+    same = reader.index["ranks"] == communicator.size
+    states = reader.rank_states(communicator.rank if same else 0)
+    return Resumption(states["data"], states["random"] if same else None)
+
+
+def resume(engine: EngineInformation, saved: Resumption) -> None:
+    """Go on in the data where all ranks together were, and draw the random numbers that would have come next."""
+    if saved.data is not None and engine.training_dataloader is not None:
         if engine._batches is None:
             engine._batches = RepeatingLoader(engine.training_dataloader)
-        engine._batches.go_to(**saved["data"])
-    if same_ranks:
-        set_random_states(saved["random"])
+        engine._batches.go_to(**saved.data)
+    if saved.random is not None:
+        set_random_states(saved.random)
 
 
 def random_states() -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ..zero.optimizer import ShardedOptimizer
 from ..zero.streaming import give_up_states
 from ..zero.unfreezing import unfreeze
 from .checkpointing import model_shapes, untrained_tensors
-from .rank_states import restore_rank_states
+from .rank_states import Resumption, resume, resumption
 
 if TYPE_CHECKING:
     from .information import EngineInformation
@@ -97,19 +97,19 @@ def load_training_checkpoint(
             _check_fit(engine, reader, request)
             return reader
 
-        def prepare() -> tuple[_Plan, dict[str, Any], dict[str, Any]]:
+        def prepare() -> tuple[_Plan, dict[str, Any], Resumption | None]:
             plan = _make_plan(engine, reader, request)
             reader.verify(plan.pieces())
-            same = reader.index["ranks"] == communicator.size
-            return plan, reader.client_state(), reader.rank_states(communicator.rank if same else 0)
+            own = resumption(reader, communicator) if request.counters and isinstance(reader, CheckpointReader) else None
+            return plan, reader.client_state(), own
 
         reader = on_all_ranks(open_reader, f"loading {directory / found}", communicator)
         if engine.optimizer is not None and request.optimizer_states:
             _unfreeze_as_saved(engine.optimizer, reader)
         plan, client_state, own = on_all_ranks(prepare, f"loading {directory / found}", communicator)
         _install(engine, reader, plan, request)
-        if request.counters:
-            restore_rank_states(engine, own, same_ranks=reader.index["ranks"] == communicator.size)
+        if own is not None:
+            resume(engine, own)
     return str(directory / found), client_state
 
 
@@ -119,6 +119,8 @@ def _check_fit(engine: EngineInformation, reader: CheckpointReader, request: Loa
     shapes = model_shapes(engine)
     if request.load_module is None:
         problems = _of_another_model(reader, shapes, request.strict)
+        if not request.strict and engine.communicator.rank == 0:
+            _log_what_differs(reader, shapes)
     else:
         # The user knows what becomes of the weights; optimizer states go by name and shape.
         stated = [name for name in shapes if request.optimizer_states and reader.kinds(name) > {WEIGHT}]
@@ -174,10 +176,28 @@ def _of_another_model(reader: CheckpointReader, ours: dict[str, tuple[int, ...]]
     theirs = reader.shapes
     problems = [f"{n} has shape {theirs[n]} there and {ours[n]} here" for n in ours if n in theirs and theirs[n] != ours[n]]
     if strict:
-        left_out = set(reader.index["left_out"])
-        problems += [f"{name} is missing there" for name in ours if name not in theirs and name not in left_out]
-        problems += [f"{name} is not in this model" for name in theirs if name not in ours]
+        missing, unexpected = _differing_names(reader, ours)
+        problems += [f"{name} is missing there" for name in missing]
+        problems += [f"{name} is not in this model" for name in unexpected]
     return problems
+
+
+def _differing_names(reader: CheckpointReader, ours: dict[str, tuple[int, ...]]) -> tuple[list[str], list[str]]:
+    """The tensors that only this model has, but for those that were left out on purpose, and those that it has not."""
+    left_out = set(reader.index["left_out"])
+    missing = [name for name in ours if name not in reader.shapes and name not in left_out]
+    return missing, [name for name in reader.shapes if name not in ours]
+
+
+def _log_what_differs(reader: CheckpointReader, ours: dict[str, tuple[int, ...]]) -> None:
+    missing, unexpected = _differing_names(reader, ours)
+    if missing or unexpected:
+        logger.warning(
+            "loading %s with load_module_strict=False: missing there and left as they are: %s; not in this model: %s",
+            reader.path,
+            ", ".join(missing) or "none",
+            ", ".join(unexpected) or "none",
+        )
 
 
 def _of_another_optimizer(reader: CheckpointReader, optimizer: ShardedOptimizer) -> list[str]:
