@@ -46,6 +46,9 @@ class Source(Protocol):
     def client_state(self) -> dict[str, Any]:
         """What the training program had saved beside."""
 
+    def rank_states(self, rank: int) -> dict[str, Any]:
+        """What a rank had for itself, nothing where the checkpoint does not have it."""
+
 
 def load_into(source: Source, kind: str, name: str, target: Tensor) -> None:
     """Fill ``target``, of the shape of the tensor ``name``, part by part, in its own dtype. Raises CheckpointError for what is

@@ -109,7 +109,7 @@ def load_training_checkpoint(
             _unfreeze_as_saved(engine.optimizer, reader)
         plan, client_state, own = on_all_ranks(prepare, f"loading {directory / found}", communicator)
         _install(engine, reader, plan, request)
-        if request.counters:
+        if request.counters and own:
             restore_rank_states(engine, own, same_ranks=reader.index["ranks"] == communicator.size)
     return str(directory / found), client_state
 

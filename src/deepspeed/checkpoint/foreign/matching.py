@@ -19,7 +19,7 @@ def names_of_states(
     for group in groups:
         numbers = [number for number in group if shape_of.get(number)]
         first = _matched(numbers, shape_of, named.items())
-        last = _matched(numbers[::-1], shape_of, reversed(named.items()))
+        last = _matched(numbers[::-1], shape_of, list(named.items())[::-1])
         if first is None or first != last:
             raise CheckpointError(
                 f"{path} does not say which parameters its optimizer's states are of, and their shapes leave more than one way, "

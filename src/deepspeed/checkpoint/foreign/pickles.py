@@ -31,6 +31,9 @@ class Record:
 class ZeroStage(Record):
     """``ZeroStageEnum(stage)``; as an integer, the stage."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ZeroStage, self.arguments
+
     def __int__(self) -> int:
         return int(self.arguments[0])
 

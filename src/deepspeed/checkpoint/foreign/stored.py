@@ -39,6 +39,7 @@ class Contents:
     members: list[list[str]] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)
     optimizer: str | None = None
+    dtype: str = "float32"
     stage: int = 0
     ranks: int = 1
     scale: dict[str, float] = field(default_factory=dict)
@@ -123,6 +124,10 @@ class ForeignCheckpoint:
         """What the training program had saved beside."""
         return self._contents.client
 
+    def rank_states(self, rank: int) -> dict[str, Any]:
+        """Others do not save it in these files."""
+        return {}
+
 
 def _index(contents: Contents) -> dict[str, Any]:
     elementwise: dict[str, set[str]] = defaultdict(set)
@@ -137,11 +142,15 @@ def _index(contents: Contents) -> dict[str, Any]:
             "zero_stage": contents.stage,
             "groups": contents.groups,
             "members": contents.members,
-            "scaler": {"type": "DynamicLossScaler" if contents.scale else "NoLossScaler", "state": contents.scale or {"scale": 1.0}},
+            "scaler": {
+                "type": "DynamicLossScaler" if contents.scale else "NoLossScaler",
+                "state": contents.scale or {"scale": 1.0},
+            },
             "parameters": [{"numbers": numbers, "names": [name]} for name, numbers in contents.numbers.items()],
         }
     return {
         "ranks": contents.ranks,
+        "dtype": contents.dtype,
         "shapes": {name: list(shape) for name, shape in contents.shapes.items()},
         "tied": contents.tied,
         "frozen": sorted(set(contents.frozen)),

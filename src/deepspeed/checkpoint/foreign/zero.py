@@ -25,11 +25,14 @@ from .matching import names_of_states
 from .pickles import LossScale, check_file, load_pickle
 from .stored import Contents, ForeignCheckpoint, numbers_of
 
-INTERNAL = frozenset(
-    "module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments lr_scheduler "
-    "sparse_tensor_module_names data_sampler random_ltd skipped_steps global_steps global_samples dp_world_size mp_world_size "
-    "checkpoint_parallel_dimensions ds_config ds_version iteration".split()
-)
+# fmt: off
+INTERNAL = frozenset((
+    "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params", "frozen_param_fragments",
+    "lr_scheduler", "sparse_tensor_module_names", "data_sampler", "random_ltd", "skipped_steps", "global_steps",
+    "global_samples", "dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions", "ds_config", "ds_version",
+    "iteration",
+))
+# fmt: on
 """Entries of the model's file that are the engine's; all others are the training program's."""
 
 MODEL_FILES = "*mp_rank_*_model_states.pt"
@@ -42,19 +45,24 @@ def is_original(path: Path) -> bool:
     return any(path.glob(MODEL_FILES))
 
 
+def is_universal(path: Path) -> bool:
+    """Whether they are of the universal layout."""
+    return is_original(path) and (path / UNIVERSAL).is_dir()
+
+
 def read_original(path: Path) -> ForeignCheckpoint:
-    """The checkpoint in ``path``. Raises CheckpointError where files are missing, damaged, or of several model-parallel ranks."""
+    """The checkpoint in ``path``. Raises CheckpointError where files are missing or damaged, or of several model-parallel
+    ranks."""
     model_files, optimizer_files = _by_rank(path, MODEL_FILES), _by_rank(path, OPTIMIZER_FILES)
     models = [load_pickle(file) for file in model_files]
     optimizers = [load_pickle(file)["optimizer_state_dict"] for file in optimizer_files]
     contents = Contents()
     _add_small(contents, models[0])
     stage = int(optimizers[0]["zero_stage"]) if optimizers else 0
-    is_universal = (path / UNIVERSAL).is_dir()
-    if not is_universal:
+    if not is_universal(path):
         _require_all(path, optimizers, len(models), stage=stage, ranks=contents.ranks)
     _add_module(contents, models)
-    if is_universal:
+    if is_universal(path):
         optimizer_files = sorted((path / UNIVERSAL).rglob("*.pt"))
         _add_universal(contents, path / UNIVERSAL, models[0])
     elif stage == 3:
@@ -106,6 +114,8 @@ def _add_small(contents: Contents, model: Mapping[str, Any]) -> None:
     if model.get("lr_scheduler") is not None:
         schedule = (config.get("scheduler") or {}).get("type", "")
         contents.scheduler = {"type": schedule, "state": dict(model["lr_scheduler"])}
+    contents.optimizer = (config.get("optimizer") or {}).get("type")
+    contents.dtype = "bfloat16" if (config.get("bf16") or {}).get("enabled") is True else "float32"
     contents.client = {key: value for key, value in model.items() if key not in INTERNAL}
 
 
@@ -115,7 +125,7 @@ def _add_module(contents: Contents, models: Sequence[Mapping[str, Any]]) -> None
     trained = {name for shapes in first.get("param_shapes") or () for name in shapes}
     buffers = set(first.get("buffer_names") or ())
     frozen = first.get("frozen_param_shapes") or {}
-    seen: dict[tuple[int, int], str] = {}
+    seen: dict[tuple[object, object], str] = {}
     for name, value in first["module"].items():
         # At stage 3 the parameters' places are empty.
         placeholder = len(models) > 1 and name not in buffers and not value.numel()
@@ -219,10 +229,12 @@ def _add_unsharded(contents: Contents, saved: Mapping[str, Any], path: Path) -> 
     base = saved.get("optimizer_state_dict", saved)
     _add_options(contents, base, saved)
     numbers = [list(group["params"]) for group in base["param_groups"]]
-    masters = {n: t for group, ts in zip(numbers, saved.get("fp32_groups") or (), strict=False) for n, t in zip(group, ts, strict=True)}
+    masters: dict[int, Tensor] = {}
+    for group, tensors in zip(numbers, saved.get("fp32_groups") or (), strict=False):
+        masters.update(zip(group, tensors, strict=True))
     states = base["state"]
-    shape_of = {n: tuple(masters[n].shape) for n in masters}
-    shape_of |= {n: next((tuple(v.shape) for v in s.values() if isinstance(v, Tensor) and v.dim()), ()) for n, s in states.items()}
+    shape_of = {number: tuple(states[number][kind].shape) for number in states for kind in _elementwise(states[number])[:1]}
+    shape_of |= {number: tuple(tensor.shape) for number, tensor in masters.items()}
     names = names_of_states(numbers, shape_of, contents.shapes, path)
     contents.members = [[names[number] for number in group if number in names] for group in numbers]
     for number, name in names.items():
@@ -251,8 +263,11 @@ def _add_universal(contents: Contents, folder: Path, model: Mapping[str, Any]) -
 
 def _add_options(contents: Contents, base: Any, saved: Mapping[str, Any]) -> None:
     if isinstance(base, Mapping):
-        options = [{key: value for key, value in group.items() if key != "params"} for group in base["param_groups"]]
-        contents.groups = [{k: v for k, v in group.items() if isinstance(v, (bool, int, float, str, list, tuple))} for group in options]
+        plain = (bool, int, float, str, list, tuple)
+        contents.groups = [
+            {key: value for key, value in group.items() if key != "params" and isinstance(value, plain)}
+            for group in base["param_groups"]
+        ]
     contents.stage = int(saved["zero_stage"]) if "zero_stage" in saved else 0
     scaler = saved.get("loss_scaler")
     if isinstance(scaler, LossScale) and saved.get("dynamic_loss_scale"):
