@@ -84,8 +84,8 @@ class _Saved:
 
     def __init__(self, folder: Path, key: str, description: Any, storage: dict[Any, Any]):
         self._folder, self._key = folder, key
-        self._blocks = getattr(description, "chunks", None)
-        self.shape: tuple[int, ...] | None = tuple(description.size) if self._blocks is not None else None
+        self._blocks: list[Any] = getattr(description, "chunks", [])
+        self.shape: tuple[int, ...] | None = tuple(description.size) if hasattr(description, "chunks") else None
         self._storage = storage
 
     def value(self) -> Any:

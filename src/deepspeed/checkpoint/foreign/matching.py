@@ -22,7 +22,7 @@ def names_of_states(
         last = _matched(numbers[::-1], shape_of, list(named.items())[::-1])
         if first is None or first != last:
             raise CheckpointError(
-                f"{path} does not say which parameters its optimizer's states are of, and their shapes leave more than one way, "
+                f"{path} does not say which parameters its optimizer's states are of, and their shapes leave more than one way "
                 "or none: save it at ZeRO stage 1, or load the weights alone (load_optimizer_states=False)"
             )
         found |= first

@@ -25,11 +25,16 @@ from ..script import write_script
 from ..source import WEIGHT, Source, stored_dtype
 from ..weight_files import scratch
 from .pickles import STAND_INS, FragmentAddress, LossScale, ZeroStage
+from .zero import shifted
 
 Empty = Callable[[Sequence[int], torch.dtype], Tensor]
 
 
-class _Pickler(pickle._Pickler):  # type: ignore[name-defined]
+# The pickler in Python: that in C does not let a class be named otherwise.
+_PurePickler: Any = pickle._Pickler
+
+
+class _Pickler(_PurePickler):
     """Names the original's classes where an object is a stand-in for one."""
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
@@ -101,7 +106,7 @@ def write_rank(source: Source, folder: Path, layout: Layout, rank: int) -> None:
             shard = f"zero_pp_rank_{rank}_" if stage == 3 else ""
             _save(folder / f"{shard}mp_rank_00_model_states.pt", _model_states(source, layout, rank, empty))
         if stage:
-            states = {"optimizer_state_dict": _optimizer_states(source, layout, rank, empty)}
+            states: dict[str, Any] = {"optimizer_state_dict": _optimizer_states(source, layout, rank, empty)}
             states |= {"ds_config": _config(source, layout), "ds_version": __version__}
             _save(folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", states)
 
@@ -138,7 +143,7 @@ def _model_states(source: Source, layout: Layout, rank: int, empty: Empty) -> di
         "frozen_param_shapes": OrderedDict((name, torch.Size(source.shapes[name])) for name in fragments) or None,
         "shared_params": {},
         "frozen_param_fragments": fragments or None,
-        "lr_scheduler": index["scheduler"]["state"] if index["scheduler"] else None,
+        "lr_scheduler": shifted(index["scheduler"]["type"], index["scheduler"]["state"], by=1) if index["scheduler"] else None,
         "data_sampler": None,
         "random_ltd": None,
         "skipped_steps": index["counters"].get("skipped_steps", 0),

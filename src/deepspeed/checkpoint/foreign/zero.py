@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...optim.schedules import WARMUP_COSINE_LR, WARMUP_DECAY_LR, WARMUP_LR
 from ..directory import CheckpointError
 from ..source import WEIGHT, Part
 from .matching import names_of_states
@@ -34,6 +35,8 @@ INTERNAL = frozenset((
 ))
 # fmt: on
 """Entries of the model's file that are the engine's; all others are the training program's."""
+
+WARMUPS = (WARMUP_LR, WARMUP_DECAY_LR, WARMUP_COSINE_LR)
 
 MODEL_FILES = "*mp_rank_*_model_states.pt"
 OPTIMIZER_FILES = "*zero_pp_rank_*_mp_rank_*_optim_states.pt"
@@ -53,7 +56,7 @@ def is_universal(path: Path) -> bool:
 def read_original(path: Path) -> ForeignCheckpoint:
     """The checkpoint in ``path``. Raises CheckpointError where files are missing or damaged, or of several model-parallel
     ranks."""
-    model_files, optimizer_files = _by_rank(path, MODEL_FILES), _by_rank(path, OPTIMIZER_FILES)
+    model_files, optimizer_files = files_by_rank(path, MODEL_FILES), files_by_rank(path, OPTIMIZER_FILES)
     models = [load_pickle(file) for file in model_files]
     optimizers = [load_pickle(file)["optimizer_state_dict"] for file in optimizer_files]
     contents = Contents()
@@ -82,7 +85,9 @@ def read_original(path: Path) -> ForeignCheckpoint:
     return ForeignCheckpoint(path, contents, check)
 
 
-def _by_rank(path: Path, pattern: str) -> list[Path]:
+def files_by_rank(path: Path, pattern: str) -> list[Path]:
+    """The files in ``path`` of a pattern, in the order of the ranks. Raises CheckpointError for several model-parallel ranks."""
+
     def numbers(file: Path) -> tuple[int, int]:
         model_parallel = re.search(r"mp_rank_(\d+)", file.name)
         shard = re.search(r"zero_pp_rank_(\d+)", file.name)
@@ -113,10 +118,18 @@ def _add_small(contents: Contents, model: Mapping[str, Any]) -> None:
     contents.ranks = int(model.get("dp_world_size") or 1)
     if model.get("lr_scheduler") is not None:
         schedule = (config.get("scheduler") or {}).get("type", "")
-        contents.scheduler = {"type": schedule, "state": dict(model["lr_scheduler"])}
+        contents.scheduler = {"type": schedule, "state": shifted(schedule, model["lr_scheduler"], by=-1)}
     contents.optimizer = (config.get("optimizer") or {}).get("type")
     contents.dtype = "bfloat16" if (config.get("bf16") or {}).get("enabled") is True else "float32"
     contents.client = {key: value for key, value in model.items() if key not in INTERNAL}
+
+
+def shifted(schedule: str, state: Mapping[str, Any], *, by: int) -> dict[str, Any]:
+    """The state of a schedule here (``by`` -1) or there (1). The original's warm-up begins with two steps at its first value,
+    so that after as many steps it is one iteration behind."""
+    if schedule in WARMUPS and "last_batch_iteration" in state:
+        return {**state, "last_batch_iteration": state["last_batch_iteration"] + by}
+    return dict(state)
 
 
 def _add_module(contents: Contents, models: Sequence[Mapping[str, Any]]) -> None:
