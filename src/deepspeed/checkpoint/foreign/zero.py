@@ -86,7 +86,8 @@ def read_original(path: Path) -> ForeignCheckpoint:
 
 
 def files_by_rank(path: Path, pattern: str) -> list[Path]:
-    """The files in ``path`` of a pattern, in the order of the ranks. Raises CheckpointError for several model-parallel ranks."""
+    """The files in ``path`` of a pattern, in the order of the ranks. Raises CheckpointError where they are of several
+    model-parallel ranks."""
 
     def numbers(file: Path) -> tuple[int, int]:
         model_parallel = re.search(r"mp_rank_(\d+)", file.name)
