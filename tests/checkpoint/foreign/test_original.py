@@ -94,6 +94,7 @@ def test_parts_with_padding_are_those_of_the_universal_layout(tmp_path):
     folder = unpacked("odd_stage_3_fp32", tmp_path)
     with open_source(folder / "global_step4") as source, open_source(folder / "global_step4_universal") as universal:
         assert difference(source, universal) == []
+        assert source.names["again.weight"] == "first.weight"
         assert source.shapes["first.weight"] == (26, 13) and source.kinds("norm.bias") == {"weight", "exp_avg", "exp_avg_sq"}
 
 
@@ -149,7 +150,8 @@ def test_objects_that_are_not_data_are_refused_and_nothing_of_them_runs(tmp_path
     monkeypatch.chdir(tmp_path)
     folder = unpacked("stage_1_bf16", tmp_path) / "global_step4"
     file = folder / "mp_rank_00_model_states.pt"
-    torch.save({**load_pickle(file), "harm": Harmful()}, file)
+    torch.save({**load_pickle(file), "harm": Harmful()}, tmp_path / "changed.pt")
+    (tmp_path / "changed.pt").rename(file)
     with pytest.raises(CheckpointError, match=r"mp_rank_00_model_states.pt has objects that are not data.*mkdir"):
         open_source(folder)
     assert not Path("harm").exists()

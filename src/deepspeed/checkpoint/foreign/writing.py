@@ -139,7 +139,7 @@ def _model_states(source: Source, layout: Layout, rank: int, empty: Empty) -> di
         "module": module,
         "buffer_names": [name for name in source.shapes if name not in parameters],
         "optimizer": None if layout.stage else _unsharded(source, layout, empty),
-        "param_shapes": shapes if layout.stage else None,
+        "param_shapes": shapes,
         "frozen_param_shapes": OrderedDict((name, torch.Size(source.shapes[name])) for name in fragments) or None,
         "shared_params": {},
         "frozen_param_fragments": fragments or None,

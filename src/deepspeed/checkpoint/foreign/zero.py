@@ -73,7 +73,7 @@ def read_original(path: Path) -> ForeignCheckpoint:
     elif optimizers:
         _add_partitions(contents, models[0]["param_shapes"], optimizers)
     elif models[0].get("optimizer"):
-        _add_unsharded(contents, models[0]["optimizer"], path)
+        _add_unsharded(contents, models[0].get("param_shapes"), models[0]["optimizer"], path)
     for name, shape in contents.shapes.items():
         if sum(part.numel for part in contents.parts[WEIGHT, name]) != prod(shape):
             raise CheckpointError(f"{path} is incomplete: it lacks elements of {name}")
@@ -141,13 +141,14 @@ def _add_module(contents: Contents, models: Sequence[Mapping[str, Any]]) -> None
     frozen = first.get("frozen_param_shapes") or {}
     seen: dict[tuple[object, object], str] = {}
     for name, value in first["module"].items():
-        # At stage 3 the parameters' places are empty.
-        placeholder = len(models) > 1 and name not in buffers and not value.numel()
-        if not isinstance(value, Tensor) or placeholder:
+        if not isinstance(value, Tensor):
             continue
+        # At stage 3 the parameters' places are empty; tied ones are of one storage all the same.
+        placeholder = len(models) > 1 and name not in buffers and not value.numel()
         key = value.untyped_storage().data_ptr(), value.storage_offset()
-        if value.numel() and seen.setdefault(key, name) != name:
+        if key[0] and (placeholder or value.numel()) and seen.setdefault(key, name) != name:
             contents.tied[name] = seen[key]
+        if placeholder or name in contents.tied:
             continue
         contents.shapes[name] = tuple(value.shape)
         contents.add_whole(WEIGHT, name, value, f"module.{name}")
@@ -238,7 +239,16 @@ def _add_third_stage(contents: Contents, shapes: Sequence[Mapping[str, Any]], ra
         contents.numbers |= {name: numbers_of(states[0]) for name in named}
 
 
-def _add_unsharded(contents: Contents, saved: Mapping[str, Any], path: Path) -> None:
+def _given_names(numbers: Sequence[Sequence[int]], shapes: Sequence[Iterable[str]]) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for group, names in zip(numbers, shapes, strict=True):
+        found.update(zip(group, names, strict=True))
+    return found
+
+
+def _add_unsharded(
+    contents: Contents, shapes: Sequence[Mapping[str, Any]] | None, saved: Mapping[str, Any], path: Path
+) -> None:
     """Stage 0: the state dict of an optimizer, in 16 bits with fp32 copies of the weights beside it."""
     base = saved.get("optimizer_state_dict", saved)
     _add_options(contents, base, saved)
@@ -249,7 +259,8 @@ def _add_unsharded(contents: Contents, saved: Mapping[str, Any], path: Path) -> 
     states = base["state"]
     shape_of = {number: tuple(states[number][kind].shape) for number in states for kind in _elementwise(states[number])[:1]}
     shape_of |= {number: tuple(tensor.shape) for number, tensor in masters.items()}
-    names = names_of_states(numbers, shape_of, contents.shapes, path)
+    # The original's files do not say the names; those that this package wrote do.
+    names = _given_names(numbers, shapes) if shapes else names_of_states(numbers, shape_of, contents.shapes, path)
     contents.members = [[names[number] for number in group if number in names] for group in numbers]
     for number, name in names.items():
         contents.add_states(name, states.get(number, {}), f"state {number}")
