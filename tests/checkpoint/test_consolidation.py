@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deepspeed.checkpoint.consolidation import parse_size
 from deepspeed.checkpoint.directory import CheckpointError
+from deepspeed.checkpoint.weight_files import parse_size
 from deepspeed.utils.zero_to_fp32 import (
     convert_zero_checkpoint_to_fp32_state_dict,
     get_fp32_state_dict_from_zero_checkpoint,

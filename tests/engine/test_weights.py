@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,30 @@ def test_saved_weights_are_read_by_other_libraries(ranks, tmp_path, name):
     for key, value in model.state_dict().items():
         assert torch.equal(value, expected[key])
     assert [path.name for path in file.parent.iterdir()] == [name]
+
+
+def save_in_parts(directory: str) -> tuple[bool, dict[str, torch.Tensor]]:
+    engine = deepspeed.initialize(model=Tied(), config=ds_config(3, zero_optimization={"stage": 3, "stage3_param_persistence_threshold": 0}))[0]
+    train(engine, 0, 1)
+    fetched = []
+    for unit in engine.sharded_model.scopes.fetcher.units:
+        hold = unit.hold
+        unit.hold = lambda unit=unit, hold=hold: (hold(), fetched.append([u.holds for u in units]))
+    units = engine.sharded_model.scopes.fetcher.units
+    engine.save_16bit_model(directory, "model.safetensors", max_shard_size=1100)
+    alone = all(sum(held) == 1 for held in fetched) and len(fetched) == len(units) > 0
+    with deepspeed.zero.GatheredParameters(engine.module):
+        return alone, {name: value.clone() for name, value in engine.module.state_dict().items()}
+
+
+def test_a_sharded_model_is_written_unit_by_unit_in_files_with_an_index(ranks, tmp_path):
+    (alone, expected), (also, _) = ranks(2, save_in_parts, str(tmp_path))
+    assert alone and also
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = {name: load_file(tmp_path / name) for name in set(index["weight_map"].values())}
+    assert len(files) > 1 and index["weight_map"].keys() == expected.keys()
+    for name, file in index["weight_map"].items():
+        assert torch.equal(files[file][name], expected[name])
 
 
 def save_into_a_file(directory: str) -> str:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .directory import CheckpointError, find_checkpoint, read_latest
-from .reader import WEIGHT, CheckpointReader
-
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+from .opening import open_source
+from .source import WEIGHT, Source, aliases, load_into, stored_dtype
+from .weight_files import Weight, write_weights
 
 
 def get_fp32_state_dict_from_zero_checkpoint(
@@ -27,8 +25,8 @@ def get_fp32_state_dict_from_zero_checkpoint(
 
     Raises CheckpointError for a checkpoint that is not there or is damaged.
     """
-    with open_checkpoint(checkpoint_dir, tag) as reader:
-        return _read(reader, _wanted(reader, exclude_frozen_parameters))
+    with open_checkpoint(checkpoint_dir, tag) as source:
+        return _read(source, _wanted(source, exclude_frozen_parameters))
 
 
 def convert_zero_checkpoint_to_fp32_state_dict(
@@ -42,25 +40,14 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     """Write the state dict to ``output_dir``, under the names by which Transformers' ``from_pretrained`` finds weights:
     ``pytorch_model.bin``, or ``model.safetensors`` with ``safe_serialization``.
 
-    What exceeds ``max_shard_size`` ("5GB", bytes, or None for no limit) goes into several files with an index. One file's
-    tensors are in memory at a time.
+    What exceeds ``max_shard_size`` ("5GB", bytes, or None for no limit) goes into several files with an index. One tensor
+    is in memory at a time.
     """
-    folder = Path(output_dir)
-    stem, suffix = ("model", "safetensors") if safe_serialization else ("pytorch_model", "bin")
-    with open_checkpoint(checkpoint_dir, tag) as reader:
-        shards = _split(reader, _wanted(reader, exclude_frozen_parameters), parse_size(max_shard_size))
-        folder.mkdir(parents=True, exist_ok=True)
-        homes, total = {}, 0
-        for number, names in enumerate(shards, start=1):
-            part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-            file = f"{stem}{part}.{suffix}"
-            state = _read(reader, names)
-            _write(folder / file, state)
-            homes.update(dict.fromkeys(names, file))
-            total += sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in state.values()}.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": homes}
-        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    name = "model.safetensors" if safe_serialization else "pytorch_model.bin"
+    with open_checkpoint(checkpoint_dir, tag) as source:
+        stored = {source.names[name] for name in _wanted(source, exclude_frozen_parameters)}
+        weights = [_weight(source, name, names) for name, names in aliases(source).items() if name in stored]
+        write_weights(Path(output_dir) / name, weights, max_shard_size)
 
 
 def load_state_dict_from_zero_checkpoint(
@@ -91,70 +78,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"the fp32 weights are in {given.output_dir}")
 
 
-def open_checkpoint(checkpoint_dir: str | os.PathLike[str], tag: str | None) -> CheckpointReader:
-    """A reader of ``checkpoint_dir/tag``; of the one that ``latest`` names where ``tag`` is None."""
+def open_checkpoint(checkpoint_dir: str | os.PathLike[str], tag: str | None) -> Source:
+    """The checkpoint ``checkpoint_dir/tag``, to read; the one that ``latest`` names where ``tag`` is None."""
     directory = Path(checkpoint_dir)
     found = tag or read_latest(directory)
     if found is None:
         raise CheckpointError(f"{directory} has no file 'latest'; give the tag of a checkpoint")
-    return CheckpointReader(find_checkpoint(directory, found))
+    return open_source(find_checkpoint(directory, found))
 
 
-def parse_size(size: int | str | None) -> float:
-    """Bytes, from a number, "500MB", "5GB" and the like; None is no limit."""
-    if size is None or isinstance(size, int):
-        return float("inf") if size is None else size
-    text = size.strip().upper()
-    number, unit = (text[:-2], UNITS[text[-2:]]) if text[-2:] in UNITS else (text, 1)
-    try:
-        return float(number) * unit
-    except ValueError:
-        raise ValueError(f"'{size}' is not a size; write bytes, or a number with {', '.join(UNITS)}: 5GB") from None
+def _wanted(source: Source, exclude_frozen_parameters: bool) -> list[str]:
+    left_out = set(source.index.get("frozen", ())) if exclude_frozen_parameters else set()
+    return [name for name, stored in source.names.items() if stored not in left_out]
 
 
-def _wanted(reader: CheckpointReader, exclude_frozen_parameters: bool) -> list[str]:
-    left_out = set(reader.index.get("frozen", ())) if exclude_frozen_parameters else set()
-    return [name for name, stored in reader.names.items() if stored not in left_out]
+def _weight(source: Source, stored: str, names: Iterable[str]) -> Weight:
+    """The tensor ``stored``, in fp32 where it is a shorter floating-point number."""
+    dtype = stored_dtype(source, WEIGHT, stored)
+    short = dtype.is_floating_point and dtype.itemsize < 4
+    shape = source.shapes[stored]
+    return Weight(
+        tuple(names),
+        shape,
+        torch.float32 if short else dtype,
+        lambda target: load_into(source, WEIGHT, stored, target),
+    )
 
 
-def _read(reader: CheckpointReader, names: Iterable[str]) -> OrderedDict[str, Tensor]:
+def _read(source: Source, names: Iterable[str]) -> OrderedDict[str, Tensor]:
     """The tensors of ``names``; those that are stored as one are one."""
     found: dict[str, Tensor] = {}
     state = OrderedDict()
     for name in names:
-        stored = reader.names[name]
+        stored = source.names[name]
         if stored not in found:
-            numel = torch.Size(reader.shapes[stored]).numel()
-            reader.verify(part.piece for part in reader.parts(WEIGHT, stored, 0, numel))
-            tensor = reader.whole(stored)
-            found[stored] = tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
+            weight = _weight(source, stored, [name])
+            found[stored] = torch.empty(weight.shape, dtype=weight.dtype)
+            weight.load(found[stored])
         state[name] = found[stored]
     return state
-
-
-def _split(reader: CheckpointReader, names: Sequence[str], limit: float) -> list[list[str]]:
-    """``names`` in runs of at most ``limit`` bytes, but for larger tensors, each a run of its own. The names of one tensor
-    stay together."""
-    together: dict[str, list[str]] = {}
-    for name in names:
-        together.setdefault(reader.names[name], []).append(name)
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for stored, aliases in together.items():
-        nbytes = 4 * torch.Size(reader.shapes[stored]).numel()
-        if shards[-1] and filled + nbytes > limit:
-            shards.append([])
-            filled = 0
-        shards[-1] += aliases
-        filled += nbytes
-    return shards
-
-
-def _write(path: Path, state: OrderedDict[str, Tensor]) -> None:
-    temporary = path.with_name(f".{path.name}.saving")
-    if path.suffix == ".safetensors":
-        # Safetensors holds a tied weight once for each of its names.
-        save_file({name: tensor.clone() for name, tensor in state.items()}, temporary, metadata={"format": "pt"})
-    else:
-        torch.save(state, temporary)
-    temporary.replace(path)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ..version import __version__
-from .directory import CheckpointError
+from .directory import INDEX, CheckpointError
+from .foreign.zero import MODEL_FILES, OPTIMIZER_FILES, files_by_rank, is_original
 from .reader import CheckpointReader
 
 MODEL_STATES = "mp_rank_00_model_states.pt"
@@ -24,6 +25,8 @@ OPTIMIZER_STATES = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 def get_optim_files(checkpoint_dir: str | os.PathLike[str]) -> list[str]:
     """The file with ``optimizer_state_dict.zero_stage`` and ``.partition_count``; ``checkpoint_dir`` is the directory of
     one checkpoint, such as ``checkpoints/global_step100``. Raises CheckpointError for one without optimizer states."""
+    if is_original(Path(checkpoint_dir)) and not (Path(checkpoint_dir) / INDEX).exists():
+        return [str(path) for path in files_by_rank(Path(checkpoint_dir), OPTIMIZER_FILES)]
     with CheckpointReader(Path(checkpoint_dir)) as reader:
         saved = reader.index["optimizer"]
         if saved is None:
@@ -35,6 +38,8 @@ def get_optim_files(checkpoint_dir: str | os.PathLike[str]) -> list[str]:
 def get_model_state_file(checkpoint_dir: str | os.PathLike[str], zero_stage: int) -> str:
     """The file with the engine's counters and what ``save_checkpoint`` was given as ``client_state``, the same at every
     ``zero_stage``."""
+    if is_original(Path(checkpoint_dir)) and not (Path(checkpoint_dir) / INDEX).exists():
+        return str(files_by_rank(Path(checkpoint_dir), MODEL_FILES)[0])
     with CheckpointReader(Path(checkpoint_dir)) as reader:
         counters = reader.index["counters"]
         return _write(reader, MODEL_STATES, {**counters, "dp_world_size": reader.index["ranks"], **reader.client_state()})

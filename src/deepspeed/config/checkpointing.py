@@ -20,6 +20,11 @@ class CheckpointConfig(Section):
     tag_validation: Annotated[Literal["ignore", "warn", "fail"], Lowered] = key(
         "warn", "What happens where ranks save under different tags: ignore, warn or fail, in any case."
     )
+    format: Annotated[Literal["fragments", "deepspeed"], Lowered] = key(
+        "fragments",
+        "The files of a checkpoint: fragments in safetensors, or deepspeed for the pickled ones of the original DeepSpeed, "
+        "which are made of the former and take the disk twice meanwhile. Either is loaded without being asked for.",
+    )
     load_universal: bool = key(False, "Load at another world size or stage: always possible here, either value is right.")
     async_save: bool = key(
         False, "Return from save_checkpoint when the states are copied to CPU memory, and write them beside training."

@@ -15,10 +15,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..checkpoint.background import save_in_background
 from ..checkpoint.directory import Attempt, CheckpointError, on_all_ranks, write_checkpoint
+from ..checkpoint.handing_over import write_in_original_layout
 from ..checkpoint.reader import WEIGHT, client_name, piece_name, rank_name
 from ..checkpoint.script import write_script
 from ..checkpoint.values import encode
@@ -84,7 +86,9 @@ def save_training_checkpoint(
         index["optimizer"]["parameters"] = _joined([numbers for _, numbers, _ in everyones])
     attempt = Attempt(directory, tag, communicator.size, keep=settings.keep_last, latest=save_latest)
     on_all_ranks(add_script, f"saving {directory / tag}", communicator)
-    if settings.async_save and all(in_memory for _, _, in_memory in everyones):
+    if settings.format == "deepspeed":
+        write_in_original_layout(attempt, groups, index, communicator)
+    elif settings.async_save and all(in_memory for _, _, in_memory in everyones):
         patience = group_timeout(communicator.group).total_seconds()
         save_in_background(engine._saves, attempt, groups, index, communicator, patience)
     else:
@@ -176,6 +180,7 @@ def _small_states(engine: EngineInformation) -> dict[str, Any]:
         )
     states: dict[str, Any] = {
         "counters": {**vars(engine.counters), "micro_steps": engine.counters.micro_steps - within_step},
+        "dtype": str(engine._parts.precision.model_dtype or torch.float32).removeprefix("torch."),
         "scheduler": None,
         "optimizer": None,
     }
@@ -187,9 +192,19 @@ def _small_states(engine: EngineInformation) -> dict[str, Any]:
             "type": type(optimizer.optimizer).__name__,
             "zero_stage": optimizer.policy.stage,
             "groups": [_plain({key: value for key, value in group.items() if key != "params"}) for group in groups],
+            "members": _members(optimizer),
             "scaler": {"type": type(optimizer.scaler).__name__, "state": optimizer.scaler.state_dict()},
         }
     return states
+
+
+def _members(optimizer: ShardedOptimizer) -> list[list[str]]:
+    """The names of each group's parameters, in the model's order."""
+    members: list[list[str]] = [[] for _ in optimizer.param_groups]
+    for name in optimizer.flat.parameters:
+        bucket, _ = optimizer.flat.layout.homes[name]
+        members[bucket.group].append(name)
+    return members
 
 
 def _elementwise(optimizer: ShardedOptimizer, segment: Segment) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from ..accelerator import get_accelerator
 from ..accelerator.random import device_generator
 from ..checkpoint.activations.random_states import get_cuda_rng_tracker
-from ..checkpoint.reader import CheckpointReader
+from ..checkpoint.source import Source
 from ..comm.communicator import Communicator
 from .loader import RepeatingLoader
 
@@ -33,12 +33,12 @@ class Resumption:
     random: dict[str, Any] | None
 
 
-def resumption(reader: CheckpointReader, communicator: Communicator) -> Resumption:
+def resumption(source: Source, communicator: Communicator) -> Resumption:
     """What the checkpoint has for this rank. All ranks were at one place in the data; random states are each rank's own, and
-    those of another number of ranks are nobody's."""
-    same = reader.index["ranks"] == communicator.size
-    states = reader.rank_states(communicator.rank if same else 0)
-    return Resumption(states["data"], states["random"] if same else None)
+    those of another number of ranks are nobody's. Other programs' checkpoints have neither."""
+    same = source.index["ranks"] == communicator.size
+    states = source.rank_states(communicator.rank if same else 0)
+    return Resumption(states.get("data"), states.get("random") if same else None)
 
 
 def resume(engine: EngineInformation, saved: Resumption) -> None:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.directory import CheckpointError, find_checkpoint, on_all_ranks, read_latest
-from ..checkpoint.reader import WEIGHT, CheckpointReader, Part
+from ..checkpoint.opening import open_source
+from ..checkpoint.source import WEIGHT, Part, Source
 from ..memory.layout import Fragment
 from ..optim.segments import FlatShard, cuts
 from ..zero.gathered import GatheredParameters
@@ -92,15 +93,15 @@ def load_training_checkpoint(
         return None, None
     with ExitStack() as open_files:
 
-        def open_reader() -> CheckpointReader:
-            reader = open_files.enter_context(CheckpointReader(find_checkpoint(directory, found)))
+        def open_reader() -> Source:
+            reader = open_files.enter_context(open_source(find_checkpoint(directory, found)))
             _check_fit(engine, reader, request)
             return reader
 
         def prepare() -> tuple[_Plan, dict[str, Any], Resumption | None]:
             plan = _make_plan(engine, reader, request)
             reader.verify(plan.pieces())
-            own = resumption(reader, communicator) if request.counters and isinstance(reader, CheckpointReader) else None
+            own = resumption(reader, communicator) if request.counters else None
             return plan, reader.client_state(), own
 
         reader = on_all_ranks(open_reader, f"loading {directory / found}", communicator)
@@ -113,7 +114,7 @@ def load_training_checkpoint(
     return str(directory / found), client_state
 
 
-def _check_fit(engine: EngineInformation, reader: CheckpointReader, request: LoadRequest) -> None:
+def _check_fit(engine: EngineInformation, reader: Source, request: LoadRequest) -> None:
     """Raise CheckpointError where the checkpoint is of another model or optimizer."""
     optimizer = engine.optimizer
     shapes = model_shapes(engine)
@@ -131,7 +132,7 @@ def _check_fit(engine: EngineInformation, reader: CheckpointReader, request: Loa
         raise CheckpointError(f"{reader.path} does not fit: {'; '.join(problems[:8])}")
 
 
-def _unfreeze_as_saved(optimizer: ShardedOptimizer, reader: CheckpointReader) -> None:
+def _unfreeze_as_saved(optimizer: ShardedOptimizer, reader: Source) -> None:
     """Give parameters that are frozen here a place for the optimizer states that they have in the checkpoint: they were
     unfrozen when it was saved, and may be again."""
     names = [name for name in optimizer.frozen.waiting if reader.kinds(name) > {WEIGHT}]
@@ -139,7 +140,7 @@ def _unfreeze_as_saved(optimizer: ShardedOptimizer, reader: CheckpointReader) ->
         unfreeze(optimizer, names)
 
 
-def _make_plan(engine: EngineInformation, reader: CheckpointReader, request: LoadRequest) -> _Plan:
+def _make_plan(engine: EngineInformation, reader: Source, request: LoadRequest) -> _Plan:
     optimizer, ours = engine.optimizer, untrained_tensors(engine)
     plan = _Plan(numbers=_numbers(optimizer, reader) if optimizer is not None and request.optimizer_states else {})
     for shard in optimizer.shards if optimizer is not None else ():
@@ -154,7 +155,7 @@ def _make_plan(engine: EngineInformation, reader: CheckpointReader, request: Loa
     return plan
 
 
-def _fills(reader: CheckpointReader, kind: str, shard: FlatShard) -> list[_Fill]:
+def _fills(reader: Source, kind: str, shard: FlatShard) -> list[_Fill]:
     def stored(name: str) -> bool:
         return name in reader.shapes if kind == WEIGHT else kind in reader.kinds(name)
 
@@ -162,7 +163,7 @@ def _fills(reader: CheckpointReader, kind: str, shard: FlatShard) -> list[_Fill]
     return [_Fill(f.slice_start, tuple(reader.parts(kind, f.spec.name, f.parameter_start, f.numel))) for f in fragments]
 
 
-def _numbers(optimizer: ShardedOptimizer, reader: CheckpointReader) -> dict[str, dict[str, Any]]:
+def _numbers(optimizer: ShardedOptimizer, reader: Source) -> dict[str, dict[str, Any]]:
     """The states of each parameter that are numbers, by its name."""
     saved = reader.index["optimizer"]
     if "parameters" in saved:
@@ -172,7 +173,7 @@ def _numbers(optimizer: ShardedOptimizer, reader: CheckpointReader) -> dict[str,
     return {name: saved["numbers"][group] for name, group in group_of.items() if reader.kinds(name) > {WEIGHT}}
 
 
-def _of_another_model(reader: CheckpointReader, ours: dict[str, tuple[int, ...]], strict: bool) -> list[str]:
+def _of_another_model(reader: Source, ours: dict[str, tuple[int, ...]], strict: bool) -> list[str]:
     theirs = reader.shapes
     problems = [f"{n} has shape {theirs[n]} there and {ours[n]} here" for n in ours if n in theirs and theirs[n] != ours[n]]
     if strict:
@@ -182,14 +183,14 @@ def _of_another_model(reader: CheckpointReader, ours: dict[str, tuple[int, ...]]
     return problems
 
 
-def _differing_names(reader: CheckpointReader, ours: dict[str, tuple[int, ...]]) -> tuple[list[str], list[str]]:
+def _differing_names(reader: Source, ours: dict[str, tuple[int, ...]]) -> tuple[list[str], list[str]]:
     """The tensors that only this model has, but for those that were left out on purpose, and those that it has not."""
     left_out = set(reader.index["left_out"])
     missing = [name for name in ours if name not in reader.shapes and name not in left_out]
     return missing, [name for name in reader.shapes if name not in ours]
 
 
-def _log_what_differs(reader: CheckpointReader, ours: dict[str, tuple[int, ...]]) -> None:
+def _log_what_differs(reader: Source, ours: dict[str, tuple[int, ...]]) -> None:
     missing, unexpected = _differing_names(reader, ours)
     if missing or unexpected:
         logger.warning(
@@ -200,7 +201,7 @@ def _log_what_differs(reader: CheckpointReader, ours: dict[str, tuple[int, ...]]
         )
 
 
-def _of_another_optimizer(reader: CheckpointReader, optimizer: ShardedOptimizer) -> list[str]:
+def _of_another_optimizer(reader: Source, optimizer: ShardedOptimizer) -> list[str]:
     saved = reader.index["optimizer"]
     remedy = "pass load_optimizer_states=False to load the weights alone"
     if saved is None:
@@ -214,7 +215,7 @@ def _of_another_optimizer(reader: CheckpointReader, optimizer: ShardedOptimizer)
 
 
 @torch.no_grad()
-def _install(engine: EngineInformation, reader: CheckpointReader, plan: _Plan, request: LoadRequest) -> None:
+def _install(engine: EngineInformation, reader: Source, plan: _Plan, request: LoadRequest) -> None:
     optimizer, index = engine.optimizer, reader.index
     engine.sharded_model.scopes.settle()
     if optimizer is not None:
@@ -248,7 +249,7 @@ def _install_schedule(scheduler: Any, saved: dict[str, Any]) -> None:
         )
 
 
-def _install_weights(engine: EngineInformation, reader: CheckpointReader, plan: _Plan) -> None:
+def _install_weights(engine: EngineInformation, reader: Source, plan: _Plan) -> None:
     model = engine.sharded_model
     for shard, kinds in zip(engine.optimizer.shards if engine.optimizer is not None else (), plan.slices, strict=True):
         with model.trained.chunks[shard.bucket.index].changing():
@@ -263,7 +264,7 @@ def _install_weights(engine: EngineInformation, reader: CheckpointReader, plan: 
             tensor.copy_(whole.view(tensor.shape))
 
 
-def _load_module(engine: EngineInformation, reader: CheckpointReader, load: Callable[..., object]) -> None:
+def _load_module(engine: EngineInformation, reader: Source, load: Callable[..., object]) -> None:
     """Let the user's function load the weights. The masters take over what it wrote, in fp32."""
     module, optimizer, communicator = engine.module, engine.optimizer, engine.communicator
     state = OrderedDict((name, reader.whole(name)) for name in reader.shapes)
@@ -285,7 +286,7 @@ def _load_module(engine: EngineInformation, reader: CheckpointReader, load: Call
         on_all_ranks(checked, "custom_load_fn", communicator)
 
 
-def _fill(target: Tensor, fills: list[_Fill], reader: CheckpointReader) -> None:
+def _fill(target: Tensor, fills: list[_Fill], reader: Source) -> None:
     for fill in fills:
         at = fill.start
         for part in fill.parts:
@@ -298,7 +299,7 @@ def _install_state(
     shard: FlatShard,
     kinds: dict[str, list[_Fill]],
     numbers: dict[str, dict[str, Any]],
-    reader: CheckpointReader,
+    reader: Source,
 ) -> None:
     """Give a slice its states, cut where parameters had different ones."""
     flats = {kind: torch.zeros_like(shard.tensor) for kind in kinds if kind != WEIGHT}

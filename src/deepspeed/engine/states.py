@@ -91,16 +91,24 @@ class EngineStates(EngineInformation):
         save_dir: str | Path,
         save_filename: str = "pytorch_model.bin",
         exclude_frozen_parameters: bool = False,
+        max_shard_size: int | str | None = None,
     ) -> bool:
         """Write the model's weights alone, in its dtype, to ``save_dir/save_filename``: as safetensors where the name
-        ends so, else as ``torch.save`` does. Called on every rank; rank 0 writes. Returns whether anything was saved: at
-        stage 3 only where ``stage3_gather_16bit_weights_on_model_save`` allows to gather the whole model on rank 0."""
+        ends so, else as ``torch.save`` does; into several files with an index where they exceed ``max_shard_size`` ("5GB", or
+        bytes). Called on every rank; rank 0 writes, and has one unit of a model at stage 3 at a time. Returns whether anything
+        was saved: at stage 3 only where ``stage3_gather_16bit_weights_on_model_save`` allows to gather on rank 0."""
         if self.sharded_model.scopes.fetcher.units and not self.zero_gather_16bit_weights_on_model_save():
             wanted = "zero_optimization.stage3_gather_16bit_weights_on_model_save is false"
             log_dist(f"save_16bit_model saved nothing: stage 3 gathers no weights on rank 0 while {wanted}", [0])
             return False
-        state = self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
-        save_weights(Path(save_dir) / save_filename, state, self.communicator)
+        save_weights(
+            Path(save_dir) / save_filename,
+            self.module,
+            self.sharded_model,
+            self.communicator,
+            exclude_frozen_parameters=exclude_frozen_parameters,
+            max_shard_size=max_shard_size,
+        )
         return True
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> OrderedDict[str, Tensor] | None:

@@ -34,6 +34,8 @@ __all__ = [
 
 COMMANDS = {
     "config": "deepspeed.cli.config",
+    "convert": "deepspeed.cli.convert",
+    "inspect": "deepspeed.cli.inspect",
     "nvme-bench": "deepspeed.cli.nvme_bench",
     "plan": "deepspeed.cli.plan",
 }

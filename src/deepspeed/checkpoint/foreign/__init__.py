@@ -1,0 +1,1 @@
+"""Checkpoints that other programs wrote, seen as this package sees its own."""

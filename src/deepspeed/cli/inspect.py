@@ -1,0 +1,5 @@
+"""``deepspeed inspect``."""
+
+from .checkpoints import inspect_main as main
+
+__all__ = ["main"]
