@@ -69,11 +69,11 @@ def _candidates(options: argparse.Namespace) -> tuple[list[Candidate], str]:
     make, what = model_maker(options.model)
     rates = _rates(options)
     choices = {"on": [True], "off": [False], "either": [False, True]}[options.checkpointing]
-    base = resident_bytes() if options.base is None else options.base
     found: list[Candidate] = []
     for checkpointing in choices:
         workload = Workload(options.micro_batch, options.context, DTYPES[options.precision], checkpointing)
         model, trace = trace_model(make, workload)
+        base = resident_bytes() if options.base is None else options.base  # with all that training imports, too
         found += candidates(model, trace, workload, _hardware(options), rates, base=base)
     return found, what
 
