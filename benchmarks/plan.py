@@ -19,9 +19,10 @@ import torch
 from ranks import run_ranks
 
 import deepspeed
-from deepspeed.accelerator.process_memory import peak_resident_bytes, resident_bytes
+from deepspeed.accelerator.process_memory import peak_resident_bytes
 from deepspeed.cli.plan_candidates import WAYS, Candidate, Hardware, candidates
 from deepspeed.cli.plan_model import Workload, enable_checkpointing, loss_of, model_maker, trace_model
+from deepspeed.cli.rates import base_bytes
 from deepspeed.memory.demand import Rates
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -50,9 +51,10 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         hardware = Hardware(options.memory, 1 << 40, options.ranks, folder)
-        found = candidates(model, trace, workload, hardware, rates, base=options.base or resident_bytes())
+        base = options.base or base_bytes()
+        found = candidates(model, trace, workload, hardware, rates, base=base)
         named = {f"{c.settings.stage}:{c.on_disk}": c for c in found}
-        print(f"{found[0].layout.parameter_numel / 1e9:.3f} G parameters ({what}), {options.ranks} ranks, base {resident_bytes() / 1e9:.3f} GB", flush=True)
+        print(f"{found[0].layout.parameter_numel / 1e9:.3f} G parameters ({what}), {options.ranks} ranks, base {base / 1e9:.3f} GB", flush=True)
         for way in options.ways:
             rows.append(_measure(way, named[way], Path(folder)))
             row = rows[-1]

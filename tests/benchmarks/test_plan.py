@@ -13,11 +13,10 @@ def test_the_planned_peak_is_within_a_tenth_of_the_measured_one(tmp_path: Path) 
     report = tmp_path / "rows.json"
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     options = ["--model", "20M", "--context", "64", "--folder", str(tmp_path), "--json", str(report)]
-    command = [sys.executable, str(SCRIPT), *options, "--ways", "2:nothing", "3:parameters, optimizer"]
+    command = [sys.executable, str(SCRIPT), *options, "--ways", "3:parameters, optimizer"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
     assert result.returncode == 0, result.stderr
     rows = json.loads(report.read_text())
-    assert [row["way"] for row in rows] == ["2:nothing", "3:parameters, optimizer"]
-    for row in rows:
-        assert 0.9 < row["planned"] / row["measured"] < 1.1, row
-    assert rows[1]["planned"] < rows[0]["planned"] - 50e6  # what lies on the disk is not in memory
+    (row,) = rows
+    assert row["way"] == "3:parameters, optimizer"
+    assert 0.9 < row["planned"] / row["measured"] < 1.1, row
