@@ -39,6 +39,9 @@ from source_code import PYTHON, VOCABULARY, SourceCode
 GOAL = 3.1e9
 """Parameters by default, where they fit."""
 
+AIO = {"block_size": 1 << 20, "queue_depth": 16}
+"""How the disk is used; ``deepspeed nvme-bench`` finds what is best for one."""
+
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
@@ -52,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=64, help="tokens of a sequence; a token is a byte")
     parser.add_argument("--batch", type=int, default=2, help="sequences of a step, on each rank")
     parser.add_argument("--buffers", type=float, default=0.5, help="GB that the optimizer's step may have in memory")
-    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument("--lr", type=float, help="default: 0.01 / width")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -82,26 +85,26 @@ def choose_shape(options: argparse.Namespace) -> tuple[Shape, bool]:
     return shape, room.has_checkpoint(shape)
 
 
-def configuration(options: argparse.Namespace) -> dict[str, object]:
+def configuration(shape: Shape, options: argparse.Namespace) -> dict[str, object]:
     """Everything on the disk."""
     disk = {"device": "nvme", "nvme_path": str(options.folder)}
     return {
         "train_micro_batch_size_per_gpu": options.batch,
-        "optimizer": {"type": "AdamW", "params": {"lr": options.lr}},
+        "optimizer": {"type": "AdamW", "params": {"lr": options.lr or 0.01 / shape.width}},
         "zero_optimization": {
             "stage": 3,
             "stage3_prefetch_bucket_size": 1,
             "offload_param": {**disk, "max_in_cpu": 0},
             "offload_optimizer": {**disk, "buffer_count": 4, "buffer_size": int(options.buffers * 1e9 / 16)},
         },
-        "aio": {"block_size": 1 << 20, "queue_depth": 16},
+        "aio": AIO,
         "steps_per_print": 0,
     }
 
 
 def make_engine(shape: Shape, options: argparse.Namespace, progress: DiskProgress) -> deepspeed.DeepSpeedEngine:
     """Construct the model on the disk, and let its blocks keep their inputs alone and compute the rest again in backward."""
-    config = configuration(options)
+    config = configuration(shape, options)
     torch.manual_seed(0)
     with deepspeed.zero.Init(config_dict_or_path=config):
         heads = shape.width // 64
@@ -157,9 +160,7 @@ def main() -> None:
     console = Console(quiet=torch.distributed.get_rank() != 0, highlight=False, soft_wrap=True)
     shape, saves = choose_shape(options)
     ranks = torch.distributed.get_world_size()
-    limits = measure_limits(
-        options.folder, configuration(options)["aio"], tokens=options.batch * options.context, width=shape.width
-    )
+    limits = measure_limits(options.folder, AIO, tokens=options.batch * options.context, width=shape.width)
     console.print(
         f"{shape}, {shape.parameters * STATES / 1e9:.1f} GB of states in {options.folder}; the disk reads "
         f"{limits.read / 1e9:.2f} GB/s and writes {limits.write / 1e9:.2f}, a rank multiplies {limits.multiply / 1e9:.0f} GFLOP/s"

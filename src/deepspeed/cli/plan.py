@@ -15,13 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ..accelerator import get_accelerator
-from ..accelerator.process_memory import resident_bytes
 from ..config.offload import AioConfig
 from ..memory.demand import Rates
 from ..memory.files import queue_options
 from .plan_candidates import Candidate, Hardware, candidates, choose, refusal
 from .plan_model import Workload, model_maker, trace_model
-from .rates import copy_rate, disk_rates, multiplication_rate
+from .rates import base_bytes, copy_rate, disk_rates, multiplication_rate
 
 WIDTH = 120
 """Columns where the output is no terminal."""
@@ -69,11 +68,11 @@ def _candidates(options: argparse.Namespace) -> tuple[list[Candidate], str]:
     make, what = model_maker(options.model)
     rates = _rates(options)
     choices = {"on": [True], "off": [False], "either": [False, True]}[options.checkpointing]
-    base = resident_bytes() if options.base is None else options.base
     found: list[Candidate] = []
     for checkpointing in choices:
         workload = Workload(options.micro_batch, options.context, DTYPES[options.precision], checkpointing)
         model, trace = trace_model(make, workload)
+        base = base_bytes() if options.base is None else options.base  # with all that training imports, too
         found += candidates(model, trace, workload, _hardware(options), rates, base=base)
     return found, what
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ..accelerator.process_memory import resident_bytes
+from ..memory.heap import give_back_holes
 from ..native.file_engine import QueueOptions
 from ..native.files import aligned_empty
 from .nvme_bench import measure
@@ -20,6 +22,13 @@ def multiplication_rate(dtype: torch.dtype, *, rows: int = 256, width: int = 204
     """Floating-point operations per second of (rows, width) x (width, 4 * width)."""
     inputs, weight = torch.randn(rows, width).to(dtype), torch.randn(4 * width, width).to(dtype)
     return 2 * rows * width * 4 * width * _calls_per_second(lambda: torch.nn.functional.linear(inputs, weight))
+
+
+def base_bytes() -> int:
+    """What Python and libraries take in this process, once the libraries have allocated what they work in."""
+    multiplication_rate(torch.float32, width=1024)
+    give_back_holes()
+    return resident_bytes()
 
 
 def copy_rate(nbytes: int = 256 << 20) -> float:

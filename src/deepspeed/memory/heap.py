@@ -28,9 +28,14 @@ class FreedMemory:
     def give_back(self) -> None:
         """Give holes back now."""
         self._nbytes = 0
-        trim = _malloc_trim()
-        if trim is not None:
-            trim(0)
+        give_back_holes()
+
+
+def give_back_holes() -> None:
+    """Give the holes in the heap back to the system, where something large ends that left many."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..comm.communicator import Communicator
 from ..comm.sharding import ShardGroups
+from ..memory.heap import FreedMemory
 from ..memory.layout import ALIGNMENT, FlatLayout, ParameterSpec
 from ..optim.segments import FlatShard
 from . import released
@@ -25,6 +26,9 @@ from .scopes import ModuleScopes
 from .tiers import IN_MEMORY, Tiers
 from .unfreezing import check_frozen_alike
 from .units import ParameterUnit, Replica, Resident, UnitPart
+
+FREED_NBYTES = 256 << 20
+"""Bytes of parameters that move, after which the system gets back the holes that they leave."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +147,10 @@ def move_in(
     shard = groups.shards.rank if layout.trained.shards > 1 else 0
     trained = FlatParameters(layout.trained, _of(layout.trained, named), shard=shard, tiers=tiers)
     frozen = FlatParameters(layout.frozen, _of(layout.frozen, named), shard=shard, master_dtype=unchanged, tiers=tiers)
+    freed = FreedMemory(FREED_NBYTES)
     for flat in (trained, frozen):
         for bucket in flat.move_in(communicator):
+            freed.add(2 * flat.buffers[bucket.index].nbytes)
             if bucket.unit is not None:
                 part = UnitPart(flat, bucket)
                 part.release()
@@ -152,6 +158,7 @@ def move_in(
             elif layout.plan.gives_homes:
                 for placement in bucket.placements:
                     Resident(flat.parameters[placement.spec.name], flat, bucket, communicator)
+    freed.give_back()
     if layout.plan.gives_homes:
         _replicate([p for p in named.values() if home_of(p) is None], communicator)
     hops = Hops()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .. import native
+from ..memory.heap import give_back_holes
 from ..memory.layout import Bucket
 from ..memory.tiers import Evictable, Movable
 from ..optim.segments import FlatShard
@@ -60,6 +61,8 @@ def in_turn(updates: Sequence[ShardUpdate], flat: FlatParameters, reducer: Gradi
     finally:
         for chunk in chunks:
             chunk.evict()
+        if flat.tiers.states is not None:
+            give_back_holes()
 
 
 def _overwritten(update: ShardUpdate, flat: FlatParameters) -> Evictable | None:

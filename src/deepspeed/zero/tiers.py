@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import native
 from ..accelerator import get_accelerator
+from ..memory.heap import give_back_holes
 from ..memory.layout import Bucket
 from ..memory.tiers import Evictable, FileTier
 
@@ -142,9 +143,10 @@ class GradientTier:
         self._norms.pop(self._file.evictable(kept), None)
 
     def settle(self) -> None:
-        """Have all written that is on its way."""
+        """Have all written that is on its way: backward has ended."""
         while self._leaving:
             self._leaving.popleft().evict()
+        give_back_holes()
 
     def squared_norm(self, kept: Tensor) -> tuple[float, bool]:
         """What ``native.squared_norm`` says of ``kept``."""
