@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "file_module.hpp"
+#include "host_module.hpp"
 #include "kernels.hpp"
 
 namespace nb = nanobind;
@@ -24,24 +25,6 @@ using Address = std::uintptr_t;
 constexpr std::size_t GRAIN = std::size_t{1} << 18;
 // Elements of one partial sum of squares. Fixed, so that the result does not depend on the number of threads.
 constexpr std::size_t NORM_BLOCK = std::size_t{1} << 16;
-
-std::vector<const Kernels*> supported() {
-    std::vector<const Kernels*> kernels{&portable_kernels};
-#ifdef DEEPSPEED_X86
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx2) kernels.push_back(&avx2_kernels);
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        kernels.push_back(&avx512_kernels);
-#endif
-    return kernels;
-}
-
-const Kernels*& active() {
-    static const Kernels* kernels = supported().back();
-    return kernels;
-}
 
 // Runs work(begin, end) over [0, numel) on up to `threads` threads, boundaries at multiples of `unit`.
 //
@@ -79,7 +62,7 @@ void adam_step(Address param, Address grad, int grad_dtype, Address exp_avg, Add
                               static_cast<float>(second),     static_cast<float>(eps),
                               static_cast<float>(step_size)};
     const Dtype from = static_cast<Dtype>(grad_dtype), to = static_cast<Dtype>(out_dtype), f32 = Dtype::float32;
-    const Kernels* kernels = active();
+    const Kernels* kernels = active_kernels();
     parallel(numel, threads, 64, [&](std::size_t begin, std::size_t end) {
         kernels->adam_step(static_cast<float*>(at(param, f32, begin)), at(grad, from, begin), from,
                            static_cast<float*>(at(exp_avg, f32, begin)), static_cast<float*>(at(exp_avg_sq, f32, begin)),
@@ -91,7 +74,7 @@ void scaled_sum(const std::vector<Address>& inputs, int dtype, Address out, int 
                 double scale, bool accumulate, int threads) {
     std::vector<const void*> sources;
     for (const Address input : inputs) sources.push_back(reinterpret_cast<const void*>(input));
-    const Kernels* kernels = active();
+    const Kernels* kernels = active_kernels();
     parallel(numel, threads, 64, [&](std::size_t begin, std::size_t end) {
         kernels->scaled_sum(sources.data(), sources.size(), static_cast<Dtype>(dtype), reinterpret_cast<void*>(out),
                             static_cast<Dtype>(out_dtype), begin, end, static_cast<float>(scale), accumulate);
@@ -100,7 +83,7 @@ void scaled_sum(const std::vector<Address>& inputs, int dtype, Address out, int 
 
 double squared_sum(Address data, int dtype, std::size_t numel, int threads) {
     const Dtype from = static_cast<Dtype>(dtype);
-    const Kernels* kernels = active();
+    const Kernels* kernels = active_kernels();
     std::vector<double> partial((numel + NORM_BLOCK - 1) / NORM_BLOCK);
     parallel(numel, threads, NORM_BLOCK, [&](std::size_t begin, std::size_t end) {
         for (std::size_t start = begin; start < end; start += NORM_BLOCK)
@@ -120,17 +103,18 @@ NB_MODULE(_core, module) {
     nb::set_leak_warnings(false);
     using namespace deepspeed;
     using namespace nb::literals;
-    module.doc() = "Kernels over flat CPU memory, and file I/O, given addresses. Called by deepspeed.native only, which checks.";
+    module.doc() = "Kernels over flat CPU memory, file I/O and collectives of one host, given addresses. Called by deepspeed.native only, "
+                   "which checks.";
     module.def("instruction_sets", [] {
         std::vector<std::string> names;
-        for (const Kernels* kernels : supported()) names.push_back(kernels->name);
+        for (const Kernels* kernels : supported_kernels()) names.push_back(kernels->name);
         return names;
     }, "The instruction sets that this processor can run, slowest first.");
-    module.def("instruction_set", [] { return std::string(active()->name); }, "The one in use.");
+    module.def("instruction_set", [] { return std::string(active_kernels()->name); }, "The one in use.");
     module.def("select", [](const std::string& name) {
-        for (const Kernels* kernels : supported())
+        for (const Kernels* kernels : supported_kernels())
             if (name == kernels->name) {
-                active() = kernels;
+                active_kernels() = kernels;
                 return;
             }
         throw nb::value_error(("this processor does not run the kernels named '" + name + "'").c_str());
@@ -143,4 +127,5 @@ NB_MODULE(_core, module) {
                "scale"_a, "accumulate"_a, "threads"_a);
     module.def("squared_sum", &squared_sum, unlocked, "data"_a, "dtype"_a, "numel"_a, "threads"_a);
     bind_files(module);
+    bind_hosts(module);
 }
