@@ -13,6 +13,7 @@
 
 #include "file_module.hpp"
 #include "hash.hpp"
+#include "host_module.hpp"
 #include "kernels.hpp"
 
 namespace nb = nanobind;
@@ -29,24 +30,6 @@ constexpr std::size_t NORM_BLOCK = std::size_t{1} << 16;
 
 // Elements that share a scale.
 constexpr std::size_t SCALED = 256;
-
-std::vector<const Kernels*> supported() {
-    std::vector<const Kernels*> kernels{&portable_kernels};
-#ifdef DEEPSPEED_X86
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx2) kernels.push_back(&avx2_kernels);
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        kernels.push_back(&avx512_kernels);
-#endif
-    return kernels;
-}
-
-const Kernels*& active() {
-    static const Kernels* kernels = supported().back();
-    return kernels;
-}
 
 // Runs work(begin, end) over [0, numel) on up to `threads` threads, boundaries at multiples of `unit`.
 //
@@ -103,7 +86,7 @@ void adam_step(const StepAddresses& tensors, Address exp_avg, Address exp_avg_sq
                               static_cast<float>(1 - beta1),  static_cast<float>(1 - beta2),
                               static_cast<float>(second),     static_cast<float>(eps),
                               static_cast<float>(step_size)};
-    const Kernels* kernels = active();
+    const Kernels* kernels = active_kernels();
     parallel(tensors.numel, threads, 64, [&](std::size_t begin, std::size_t end) {
         kernels->adam_step(tensors.part(begin, end), floats(exp_avg, begin), floats(exp_avg_sq, begin), numbers);
     });
@@ -114,7 +97,7 @@ void lion_step(const StepAddresses& tensors, Address exp_avg, double grad_scale,
     const LionNumbers numbers{static_cast<float>(grad_scale), static_cast<float>(decay),     static_cast<float>(lr),
                               static_cast<float>(beta1),      static_cast<float>(beta2),     static_cast<float>(1 - beta1),
                               static_cast<float>(1 - beta2)};
-    const Kernels* kernels = active();
+    const Kernels* kernels = active_kernels();
     parallel(tensors.numel, threads, 64, [&](std::size_t begin, std::size_t end) {
         kernels->lion_step(tensors.part(begin, end), floats(exp_avg, begin), numbers);
     });
@@ -124,7 +107,7 @@ void adagrad_step(const StepAddresses& tensors, Address sum, double grad_scale, 
                   int threads) {
     const AdagradNumbers numbers{static_cast<float>(grad_scale), static_cast<float>(l2), static_cast<float>(eps),
                                  static_cast<float>(step_size)};
-    const Kernels* kernels = active();
+    const Kernels* kernels = active_kernels();
     parallel(tensors.numel, threads, 64, [&](std::size_t begin, std::size_t end) {
         kernels->adagrad_step(tensors.part(begin, end), floats(sum, begin), numbers);
     });
@@ -134,7 +117,7 @@ void scaled_sum(const std::vector<Address>& inputs, int dtype, Address out, int 
                 double scale, bool accumulate, int threads) {
     std::vector<const void*> sources;
     for (const Address input : inputs) sources.push_back(reinterpret_cast<const void*>(input));
-    const Kernels* kernels = active();
+    const Kernels* kernels = active_kernels();
     parallel(numel, threads, 64, [&](std::size_t begin, std::size_t end) {
         kernels->scaled_sum(sources.data(), sources.size(), static_cast<Dtype>(dtype), reinterpret_cast<void*>(out),
                             static_cast<Dtype>(out_dtype), begin, end, static_cast<float>(scale), accumulate);
@@ -143,7 +126,7 @@ void scaled_sum(const std::vector<Address>& inputs, int dtype, Address out, int 
 
 double squared_sum(Address data, int dtype, std::size_t numel, int threads) {
     const Dtype from = static_cast<Dtype>(dtype);
-    const Kernels* kernels = active();
+    const Kernels* kernels = active_kernels();
     std::vector<double> partial((numel + NORM_BLOCK - 1) / NORM_BLOCK);
     parallel(numel, threads, NORM_BLOCK, [&](std::size_t begin, std::size_t end) {
         for (std::size_t start = begin; start < end; start += NORM_BLOCK)
@@ -178,7 +161,7 @@ std::size_t with_state(Address words, std::size_t next, const Draw& draw) {
 std::size_t uniform(Address words, std::size_t next, Address out, int dtype, std::size_t numel, double low, double high,
                     bool fused) {
     return with_state(words, next, [&](RandomState& state) {
-        active()->uniform(state, reinterpret_cast<void*>(out), static_cast<Dtype>(dtype), numel, static_cast<float>(low),
+        active_kernels()->uniform(state, reinterpret_cast<void*>(out), static_cast<Dtype>(dtype), numel, static_cast<float>(low),
                           static_cast<float>(high), fused);
     });
 }
@@ -186,7 +169,7 @@ std::size_t uniform(Address words, std::size_t next, Address out, int dtype, std
 std::size_t normal(Address words, std::size_t next, Address out, int dtype, std::size_t numel, double mean,
                    double deviation) {
     return with_state(words, next, [&](RandomState& state) {
-        active()->normal(state, reinterpret_cast<void*>(out), static_cast<Dtype>(dtype), numel, static_cast<float>(mean),
+        active_kernels()->normal(state, reinterpret_cast<void*>(out), static_cast<Dtype>(dtype), numel, static_cast<float>(mean),
                          static_cast<float>(deviation));
     });
 }
@@ -197,7 +180,7 @@ T* pointer(Address address, std::size_t element) {
 }
 
 void quantize(Address values, Address codes, Address scales, std::size_t numel, Address book, int threads) {
-    const Kernels* kernels = active();
+    const Kernels* kernels = active_kernels();
     parallel(numel, threads, SCALED, [&](std::size_t begin, std::size_t end) {
         kernels->quantize(pointer<float>(values, begin), pointer<std::uint8_t>(codes, begin),
                           pointer<float>(scales, begin / SCALED), end - begin, *pointer<CodeBook>(book, 0));
@@ -205,7 +188,7 @@ void quantize(Address values, Address codes, Address scales, std::size_t numel, 
 }
 
 void dequantize(Address codes, Address scales, Address values, std::size_t numel, Address book, int threads) {
-    const Kernels* kernels = active();
+    const Kernels* kernels = active_kernels();
     parallel(numel, threads, SCALED, [&](std::size_t begin, std::size_t end) {
         kernels->dequantize(pointer<std::uint8_t>(codes, begin), pointer<float>(scales, begin / SCALED),
                             pointer<float>(values, begin), end - begin, *pointer<CodeBook>(book, 0));
@@ -214,7 +197,7 @@ void dequantize(Address codes, Address scales, Address values, std::size_t numel
 
 // The indices of what was rounded up from just between two, in order.
 std::vector<std::int64_t> split(Address values, Address high, Address low, std::size_t numel, int threads) {
-    const Kernels* kernels = active();
+    const Kernels* kernels = active_kernels();
     std::vector<std::vector<std::int64_t>> found((numel + NORM_BLOCK - 1) / NORM_BLOCK);
     parallel(numel, threads, NORM_BLOCK, [&](std::size_t begin, std::size_t end) {
         for (std::size_t start = begin; start < end; start += NORM_BLOCK) {
@@ -233,7 +216,7 @@ std::vector<std::int64_t> split(Address values, Address high, Address low, std::
 }
 
 void merge(Address high, Address low, Address values, std::size_t numel, int threads) {
-    const Kernels* kernels = active();
+    const Kernels* kernels = active_kernels();
     parallel(numel, threads, 64, [&](std::size_t begin, std::size_t end) {
         kernels->merge(pointer<std::uint16_t>(high, begin), pointer<std::uint16_t>(low, begin),
                        pointer<float>(values, begin), end - begin);
@@ -248,17 +231,18 @@ NB_MODULE(_core, module) {
     nb::set_leak_warnings(false);
     using namespace deepspeed;
     using namespace nb::literals;
-    module.doc() = "Kernels over flat CPU memory, and file I/O, given addresses. Called by deepspeed.native only, which checks.";
+    module.doc() = "Kernels over flat CPU memory, file I/O and collectives of one host, given addresses. Called by deepspeed.native only, "
+                   "which checks.";
     module.def("instruction_sets", [] {
         std::vector<std::string> names;
-        for (const Kernels* kernels : supported()) names.push_back(kernels->name);
+        for (const Kernels* kernels : supported_kernels()) names.push_back(kernels->name);
         return names;
     }, "The instruction sets that this processor can run, slowest first.");
-    module.def("instruction_set", [] { return std::string(active()->name); }, "The one in use.");
+    module.def("instruction_set", [] { return std::string(active_kernels()->name); }, "The one in use.");
     module.def("select", [](const std::string& name) {
-        for (const Kernels* kernels : supported())
+        for (const Kernels* kernels : supported_kernels())
             if (name == kernels->name) {
-                active() = kernels;
+                active_kernels() = kernels;
                 return;
             }
         throw nb::value_error(("this processor does not run the kernels named '" + name + "'").c_str());
@@ -279,7 +263,7 @@ NB_MODULE(_core, module) {
     module.def("hash_blocks", &hash_blocks, unlocked, "data"_a, "nbytes"_a, "block"_a, "out"_a,
                "The XXH64 of each block of bytes, the last of which may be shorter.");
     module.def("checksum", [](Address data, std::size_t nbytes) {
-        return active()->checksum(reinterpret_cast<const void*>(data), nbytes);
+        return active_kernels()->checksum(reinterpret_cast<const void*>(data), nbytes);
     }, unlocked, "data"_a, "nbytes"_a);
     module.def("uniform", &uniform, unlocked, "words"_a, "next"_a, "out"_a, "dtype"_a, "numel"_a, "low"_a, "high"_a,
                "fused"_a);
@@ -289,4 +273,5 @@ NB_MODULE(_core, module) {
     module.def("split", &split, unlocked, "values"_a, "high"_a, "low"_a, "numel"_a, "threads"_a);
     module.def("merge", &merge, unlocked, "high"_a, "low"_a, "values"_a, "numel"_a, "threads"_a);
     bind_files(module);
+    bind_hosts(module);
 }
