@@ -89,7 +89,8 @@ def refusal(found: Sequence[Candidate], hardware: Hardware) -> Iterator[str]:
         f"memory: {needs.base / 1e9:.2f} GB of Python and libraries + {needs.states.total / 1e9:.2f} of states + the larger "
         f"of {computing / 1e9:.2f} (activations {needs.live / 1e9:.2f}, gradients on their way {needs.reducing / 1e9:.2f}, "
         f"gathered units {needs.units / 1e9:.2f}) and {stepping / 1e9:.2f} of the optimizer's step, or "
-        f"{needs.construction / 1e9:.2f} to construct the model, is {needs.peak / 1e9:.2f} GB; there are {hardware.memory / 1e9:.2f}"
+        f"{needs.construction / 1e9:.2f} to construct the model, is {needs.peak / 1e9:.2f} GB; "
+        f"there are {hardware.memory / 1e9:.2f}"
     )
     if disk:
         yield (
