@@ -54,7 +54,8 @@ def main() -> None:
         base = options.base or base_bytes()
         found = candidates(model, trace, workload, hardware, rates, base=base)
         named = {f"{c.settings.stage}:{c.on_disk}": c for c in found}
-        print(f"{found[0].layout.parameter_numel / 1e9:.3f} G parameters ({what}), {options.ranks} ranks, base {base / 1e9:.3f} GB", flush=True)
+        numel = found[0].layout.parameter_numel
+        print(f"{numel / 1e9:.3f} G parameters ({what}), {options.ranks} ranks, base {base / 1e9:.3f} GB", flush=True)
         for way in options.ways:
             rows.append(_measure(way, named[way], Path(folder)))
             row = rows[-1]

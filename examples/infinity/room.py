@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 STATES = 16
 """Bytes on the disk for each parameter, fp32: itself, its gradient and Adam's two moments."""

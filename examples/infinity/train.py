@@ -163,7 +163,7 @@ def main() -> None:
     limits = measure_limits(options.folder, AIO, tokens=options.batch * options.context, width=shape.width)
     console.print(
         f"{shape}, {shape.parameters * STATES / 1e9:.1f} GB of states in {options.folder}; the disk reads "
-        f"{limits.read / 1e9:.2f} GB/s and writes {limits.write / 1e9:.2f}, a rank multiplies {limits.multiply / 1e9:.0f} GFLOP/s"
+        f"{limits.read / 1e9:.2f} GB/s and writes {limits.write / 1e9:.2f}, a rank does {limits.multiply / 1e9:.0f} GFLOP/s"
     )
     progress = DiskProgress(options.steps, shape.parameters * (READ + WRITTEN) // ranks, shape.layers, console)
     started = time.perf_counter()

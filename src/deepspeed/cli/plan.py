@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     numel = found[0].layout.parameter_numel
     ranks = "1 rank" if options.gpus == 1 else f"{options.gpus} ranks"
     console.print(
-        f"{numel / 1e9:.3f} G parameters ({what}), {options.precision}, {options.micro_batch} x {options.context} tokens, {ranks}"
+        f"{numel / 1e9:.3f} G parameters ({what}), {options.precision}, {options.micro_batch} x {options.context} tokens, "
+        f"{ranks}"
     )
     console.print(_table(found, best, hardware))
     if best is None:

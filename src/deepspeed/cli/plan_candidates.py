@@ -86,10 +86,11 @@ def refusal(found: Sequence[Candidate], hardware: Hardware) -> Iterator[str]:
     )
     computing, stepping = needs.live + needs.reducing + needs.units, needs.stepping
     yield (
-        f"memory: {needs.base / 1e9:.2f} GB of Python and libraries + {needs.states.total / 1e9:.2f} of states + the larger of "
-        f"{computing / 1e9:.2f} (activations {needs.live / 1e9:.2f}, gradients on their way {needs.reducing / 1e9:.2f}, gathered "
-        f"units {needs.units / 1e9:.2f}) and {stepping / 1e9:.2f} of the optimizer's step, or {needs.construction / 1e9:.2f} to "
-        f"construct the model, is {needs.peak / 1e9:.2f} GB; there are {hardware.memory / 1e9:.2f}"
+        f"memory: {needs.base / 1e9:.2f} GB of Python and libraries + {needs.states.total / 1e9:.2f} of states + the larger "
+        f"of {computing / 1e9:.2f} (activations {needs.live / 1e9:.2f}, gradients on their way {needs.reducing / 1e9:.2f}, "
+        f"gathered units {needs.units / 1e9:.2f}) and {stepping / 1e9:.2f} of the optimizer's step, or "
+        f"{needs.construction / 1e9:.2f} to construct the model, is {needs.peak / 1e9:.2f} GB; "
+        f"there are {hardware.memory / 1e9:.2f}"
     )
     if disk:
         yield (
@@ -107,7 +108,8 @@ def _remedies(found: Sequence[Candidate], least: Candidate, hardware: Hardware) 
     elif not hardware.disk:
         yield "a disk: give --disk"
     for ranks in (2 * hardware.ranks, 4 * hardware.ranks, 8 * hardware.ranks):
-        needs = demand(_resharded(least.layout, ranks), least.trace, replace(least.settings, ranks=ranks), base=least.needs.base)
+        layout, settings = _resharded(least.layout, ranks), replace(least.settings, ranks=ranks)
+        needs = demand(layout, least.trace, settings, base=least.needs.base)
         if needs.peak <= hardware.memory and needs.disk.total * ranks <= hardware.disk:
             yield f"{ranks} ranks, of {needs.peak / 1e9:.2f} GB each"
             break
@@ -115,7 +117,8 @@ def _remedies(found: Sequence[Candidate], least: Candidate, hardware: Hardware) 
         if not any(c.workload.checkpointing for c in found):
             yield "checkpointing of activations (--checkpointing on)"
         if least.workload.sequences > 1:
-            yield f"a smaller --micro-batch: activations of {least.workload.sequences} sequences are {least.needs.live / 1e9:.2f} GB"
+            sequences = f"activations of {least.workload.sequences} sequences"
+            yield f"a smaller --micro-batch: {sequences} are {least.needs.live / 1e9:.2f} GB"
         else:
             yield f"a shorter --context: activations are {least.needs.live / 1e9:.2f} GB"
 

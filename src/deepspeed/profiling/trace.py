@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,7 +25,8 @@ def trace_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Trace:
         arrivals.append(Arrival(name, live.take_peak()))
         parameter.grad = None
 
-    hooks = [p.register_post_accumulate_grad_hook(partial(arrive, name)) for name, p in model.named_parameters() if p.requires_grad]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(partial(arrive, name)) for name, p in trained]
     try:
         with FlopCounterMode(display=False) as counter, live:
             loss_of().backward()
