@@ -76,7 +76,8 @@ def test_saved_weights_are_read_by_other_libraries(ranks, tmp_path, name):
 
 
 def save_in_parts(directory: str) -> tuple[bool, dict[str, torch.Tensor]]:
-    engine = deepspeed.initialize(model=Tied(), config=ds_config(3, zero_optimization={"stage": 3, "stage3_param_persistence_threshold": 0}))[0]
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    engine = deepspeed.initialize(model=Tied(), config=ds_config(3, zero_optimization=zero))[0]
     train(engine, 0, 1)
     fetched = []
     for unit in engine.sharded_model.scopes.fetcher.units:

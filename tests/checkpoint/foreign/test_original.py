@@ -138,6 +138,7 @@ def test_files_are_named_as_the_original_names_them_and_found_by_those_who_ask(r
     assert [Path(file).name for file in get_optim_files(folder)] == optimizers
     assert Path(get_model_state_file(folder, 3)).name == names["3"][2]
     state = load_pickle(tmp_path / "1" / "global_step2" / optimizers[0])["optimizer_state_dict"]
+    assert state["clip_grad"] == 0
     assert int(state["zero_stage"]) == 1 and state["partition_count"] == [2]
 
 
