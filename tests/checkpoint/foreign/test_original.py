@@ -168,6 +168,9 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     file.write_bytes(content)
     with open_source(folder) as source, pytest.raises(CheckpointError, match=r"rank_1.*is damaged: the checksum of"):
         source.verify(["any"])
+    file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"rank_1_mp_rank_00_optim_states.pt is missing or damaged"):
+        open_source(folder)
     file.unlink()
     with pytest.raises(CheckpointError, match="files of 1 optimizers and 1 models, and was saved at stage 1 by 2 ranks"):
         open_source(folder)
