@@ -133,7 +133,7 @@ def change_the_index(path: Path) -> None:
 def make_foreign(path: Path) -> None:
     for file in path.iterdir():
         file.unlink()
-    (path / "mp_rank_00_model_states.pt").write_bytes(b"")
+    (path / "weights.npz").write_bytes(b"")
 
 
 def leave_alone(path: Path) -> None:
@@ -152,7 +152,7 @@ WIDER = Training(wider, squared_output, config=ADAM)
         (flip_a_bit, TRAINING, "the checksum of"),
         (forget_a_rank, TRAINING, "it lacks the elements"),
         (change_the_index, TRAINING, "index.json is damaged: its checksum is not that of its content"),
-        (make_foreign, TRAINING, "holds mp_rank_00_model_states.pt"),
+        (make_foreign, TRAINING, "holds weights.npz"),
         (leave_alone, WIDER, "first.weight has shape (12, 12) there and (13, 12) here"),
         (leave_alone, SGD, "its optimizer is Adam and this engine's SGD"),
     ],

@@ -76,7 +76,8 @@ def test_saved_weights_are_read_by_other_libraries(ranks, tmp_path, name):
 
 
 def save_in_parts(directory: str) -> tuple[bool, dict[str, torch.Tensor]]:
-    engine = deepspeed.initialize(model=Tied(), config=ds_config(3, zero_optimization={"stage": 3, "stage3_param_persistence_threshold": 0}))[0]
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    engine = deepspeed.initialize(model=Tied(), config=ds_config(3, zero_optimization=zero))[0]
     train(engine, 0, 1)
     fetched = []
     for unit in engine.sharded_model.scopes.fetcher.units:
@@ -129,8 +130,8 @@ def without_frozen(directory: str) -> tuple[bool, bool, int]:
 
 def test_a_checkpoint_without_frozen_parameters_leaves_the_models_own(ranks, tmp_path):
     assert ranks(2, without_frozen, str(tmp_path)) == [(True, True, 2)] * 2
-    size = sum(file.stat().st_size for file in (tmp_path / "global_step2").glob("*.safetensors"))
-    assert size < 4 * (2 * 16 * 17 + 16 * 16) + 2000
+    stored = {name for file in (tmp_path / "global_step2").glob("*.safetensors") for name in load_file(file)}
+    assert any("first.weight" in name for name in stored) and not any("frozen" in name for name in stored)
 
 
 def module_only(directory: str) -> tuple[int, bool]:

@@ -32,7 +32,8 @@ def convert(source: Source, directory: Path, tag: str) -> Path:
     """Write ``source`` as ``directory/tag``, one tensor after the other, and make it the latest; returns the path. A tensor
     that is not as it was saved is found, and nothing is written then."""
     client: dict[str, Tensor] = {}
-    index = {**source.index, "client_state": encode(source.client_state(), "client_state", client), "ranks": 1, "rank_states": [{}]}
+    index = {**source.index, "client_state": encode(source.client_state(), "client_state", client)}
+    index.update(ranks=1, rank_states=[{}])
     for key in ("format", "version", "checksum", "files"):
         index.pop(key, None)
     groups = [_flat(source, kind, name) for name in source.shapes for kind in sorted(source.kinds(name))]

@@ -38,6 +38,18 @@ class CheckpointConfig(Section):
     use_node_local_storage: bool = key(False, "Every host has a directory of its own.")
     parallel_write: ParallelWriteConfig = ParallelWriteConfig()
 
+    def contradictions(self) -> list[Problem]:
+        """What is wrong with the combination of keys."""
+        if self.format != "deepspeed":
+            return []
+        sentence = "works with checkpoint.format fragments alone. Remove one of the two keys."
+        problems = []
+        if self.async_save:
+            problems.append(Problem("checkpoint.async_save", sentence))
+        if self.keep_last is not None:
+            problems.append(Problem("checkpoint.keep_last", sentence))
+        return problems
+
 
 class ActivationCheckpointingConfig(Section):
     """How ``deepspeed.checkpointing.checkpoint`` keeps the inputs of what it recomputes in backward."""

@@ -105,4 +105,4 @@ def _contradictions(config: RootSection) -> list[Problem]:
     for name, section in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_param)):
         if section.device == "nvme" and not section.nvme_path:
             problems.append(Problem(f"zero_optimization.{name}.nvme_path", "is missing; device nvme needs a directory."))
-    return problems + config.activation_checkpointing.contradictions()
+    return problems + config.checkpoint.contradictions() + config.activation_checkpointing.contradictions()

@@ -193,6 +193,7 @@ def _small_states(engine: EngineInformation) -> dict[str, Any]:
             "zero_stage": optimizer.policy.stage,
             "groups": [_plain({key: value for key, value in group.items() if key != "params"}) for group in groups],
             "members": _members(optimizer),
+            "clip": engine.settings.gradient_clipping,
             "scaler": {"type": type(optimizer.scaler).__name__, "state": optimizer.scaler.state_dict()},
         }
     return states

@@ -138,6 +138,7 @@ def test_files_are_named_as_the_original_names_them_and_found_by_those_who_ask(r
     assert [Path(file).name for file in get_optim_files(folder)] == optimizers
     assert Path(get_model_state_file(folder, 3)).name == names["3"][2]
     state = load_pickle(tmp_path / "1" / "global_step2" / optimizers[0])["optimizer_state_dict"]
+    assert state["clip_grad"] == 0
     assert int(state["zero_stage"]) == 1 and state["partition_count"] == [2]
 
 
@@ -167,6 +168,9 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     file.write_bytes(content)
     with open_source(folder) as source, pytest.raises(CheckpointError, match=r"rank_1.*is damaged: the checksum of"):
         source.verify(["any"])
+    file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"rank_1_mp_rank_00_optim_states.pt is missing or damaged"):
+        open_source(folder)
     file.unlink()
     with pytest.raises(CheckpointError, match="files of 1 optimizers and 1 models, and was saved at stage 1 by 2 ranks"):
         open_source(folder)

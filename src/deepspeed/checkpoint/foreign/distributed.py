@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..directory import CheckpointError
 from ..source import WEIGHT, Part
+from .pickles import first_line
 from .stored import Contents, ForeignCheckpoint, numbers_of
 
 METADATA = ".metadata"
@@ -130,9 +131,8 @@ class _Saved:
                 file.seek(place.offset)
                 return torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
             where = self._folder / place.relative_path
-            raise CheckpointError(f"{where} is missing or damaged at {self._key}: {reason}") from error
+            raise CheckpointError(f"{where} is missing or damaged at {self._key}: {first_line(error)}") from error
 
 
 def _entries(folder: Path) -> Iterator[tuple[tuple[Any, ...], _Saved]]:

@@ -77,7 +77,12 @@ def load_pickle(path: Path) -> Any:
             "tensors, numbers, strings, lists and dictionaries are"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} is missing or damaged: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} is missing or damaged: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what torch adds below."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def check_file(path: Path) -> None:

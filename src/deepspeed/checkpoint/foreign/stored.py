@@ -40,6 +40,7 @@ class Contents:
     groups: list[dict[str, Any]] = field(default_factory=list)
     optimizer: str | None = None
     dtype: str = "float32"
+    clip: float = 0.0
     stage: int = 0
     ranks: int = 1
     scale: dict[str, float] = field(default_factory=dict)
@@ -142,6 +143,7 @@ def _index(contents: Contents) -> dict[str, Any]:
             "zero_stage": contents.stage,
             "groups": contents.groups,
             "members": contents.members,
+            "clip": contents.clip,
             "scaler": {
                 "type": "DynamicLossScaler" if contents.scale else "NoLossScaler",
                 "state": contents.scale or {"scale": 1.0},

@@ -164,6 +164,7 @@ def _config(source: Source, layout: Layout) -> dict[str, Any]:
     return {
         "optimizer": {"type": index["optimizer"]["type"]},
         **({"scheduler": {"type": index["scheduler"]["type"]}} if index["scheduler"] else {}),
+        "gradient_clipping": float(index["optimizer"].get("clip", 0.0)),
         "gradient_accumulation_steps": max(1, micro_steps // steps if steps else 1),
         "zero_optimization": {"stage": layout.stage},
         "bf16": {"enabled": layout.dtype is torch.bfloat16},
@@ -254,7 +255,8 @@ def _optimizer_states(source: Source, layout: Layout, rank: int, empty: Empty) -
         "group_paddings": paddings,
         "param_alignment_paddings": [[0] * len(names) for names in layout.groups],
         "partition_count": [layout.ranks] * len(layout.groups),
-        "clip_grad": 0.0,
+        # What is read here counts for the original, whatever its configuration says.
+        "clip_grad": float(source.index["optimizer"].get("clip", 0.0)),
         "ds_version": __version__,
         "param_slice_mappings": addresses,
     }

@@ -36,6 +36,9 @@ INTERNAL = frozenset((
 # fmt: on
 """Entries of the model's file that are the engine's; all others are the training program's."""
 
+DEFAULT_CLIPPING = 1.0
+"""The norm to which the original clips gradients where its configuration does not say."""
+
 WARMUPS = (WARMUP_LR, WARMUP_DECAY_LR, WARMUP_COSINE_LR)
 
 MODEL_FILES = "*mp_rank_*_model_states.pt"
@@ -121,6 +124,8 @@ def _add_small(contents: Contents, model: Mapping[str, Any]) -> None:
         schedule = (config.get("scheduler") or {}).get("type", "")
         contents.scheduler = {"type": schedule, "state": shifted(schedule, model["lr_scheduler"], by=-1)}
     contents.optimizer = (config.get("optimizer") or {}).get("type")
+    clip = config.get("gradient_clipping", DEFAULT_CLIPPING)
+    contents.clip = float(clip) if isinstance(clip, (int, float)) else DEFAULT_CLIPPING
     contents.dtype = "bfloat16" if (config.get("bf16") or {}).get("enabled") is True else "float32"
     contents.client = {key: value for key, value in model.items() if key not in INTERNAL}
 
