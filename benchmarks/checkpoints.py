@@ -93,18 +93,19 @@ def measured(action: Callable[[], object]) -> dict[str, float]:
     return {"seconds": time.perf_counter() - begin, "megabytes": (resident_bytes("VmHWM") - before) / 1e6}
 
 
-def run_rank(action: str, candidate: Candidate, folder: Path, result: Path) -> None:
+def run_rank(action: str, candidate: Candidate, options: argparse.Namespace) -> None:
     """On a rank: do one action and have rank 0 write what it took, of the slowest and largest rank."""
     import torch
     import torch.distributed as dist
 
+    folder, result = options.folder, options.result
     torch.set_num_threads(1)
     if action == "export":
         result.write_text(json.dumps(measured(lambda: export(candidate, folder))))
         return
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    engine = trained_engine(candidate)
+    engine = trained_engine(candidate, options.layers, options.vocabulary)
     dist.barrier()
     work = saving(candidate, engine, folder) if action == "save" else loading(candidate, engine, folder)
     own = measured(work)
@@ -122,7 +123,7 @@ def run_rank(action: str, candidate: Candidate, folder: Path, result: Path) -> N
         result.write_text(json.dumps({key: max(one[key] for one in everyones) for key in own}))
 
 
-def trained_engine(candidate: Candidate) -> Any:
+def trained_engine(candidate: Candidate, layers: int, vocabulary: int) -> Any:
     """An engine of ``engines.py`` after one step, so that it has optimizer states."""
     import torch
     from engines import Setup, build_engine
@@ -139,8 +140,8 @@ def trained_engine(candidate: Candidate) -> Any:
 
         deepspeed.initialize = with_async
     setup = Setup(candidate.engine, candidate.stage, 1, "fp32", 1, "torch_adam")
-    engine = build_engine(GPT(GPTShape()), setup)
-    engine.backward(torch.randint(0, 1000, (1, 33)), last=True)
+    engine = build_engine(GPT(GPTShape(layers=layers, vocabulary=vocabulary)), setup)
+    engine.backward(torch.randint(0, vocabulary, (1, 33)), last=True)
     engine.step()
     return engine
 
@@ -188,8 +189,9 @@ def export(candidate: Candidate, folder: Path) -> None:
         dcp_to_torch_save(str(folder), str(target))
 
 
-def measure(candidate: Candidate, folder: Path, ranks: int, others: int) -> dict[str, Any]:
+def measure(candidate: Candidate, options: argparse.Namespace) -> dict[str, Any]:
     """All actions of one candidate in turn; what one refuses is None."""
+    folder = options.folder
     place = folder / candidate.name
     result = folder / "result.json"
     found: dict[str, Any] = {}
@@ -197,8 +199,11 @@ def measure(candidate: Candidate, folder: Path, ranks: int, others: int) -> dict
         script = [candidate.python, __file__, str(place), "--action", action, "--result", str(result)]
         script += ["--compare", f"{candidate.name}={candidate.python}:{candidate.engine}:{candidate.stage}"]
         script[-1] += ":async" if candidate.background else ""
+        script += ["--layers", str(options.layers), "--vocabulary", str(options.vocabulary)]
         try:
-            run_ranks(script, {"reload": others, "export": 1}.get(action, ranks), name=f"{candidate.name}, {action}")
+            run_ranks(
+                script, {"reload": options.others, "export": 1}.get(action, options.ranks), name=f"{candidate.name}, {action}"
+            )
             found[action] = json.loads(result.read_text())
         except RuntimeError as error:
             found[action] = None
@@ -239,17 +244,19 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="that save and load (default 2)")
     parser.add_argument("--others", type=int, default=1, help="that load, too (default 1)")
     parser.add_argument("--rounds", type=int, default=1, help="of all candidates in turn (default 1)")
+    parser.add_argument("--layers", type=int, default=8, help="blocks of the model (default 8)")
+    parser.add_argument("--vocabulary", type=int, default=16384, help="its tokens (default 16384)")
     parser.add_argument("--action", choices=ACTIONS, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.action:
-        run_rank(arguments.action, arguments.compare[0], arguments.folder, arguments.result)
+        run_rank(arguments.action, arguments.compare[0], arguments)
         return
     found: dict[str, list[dict[str, Any]]] = {candidate.name: [] for candidate in arguments.compare}
     disk = []
     for _ in range(arguments.rounds):
         for candidate in arguments.compare:
-            found[candidate.name].append(measure(candidate, arguments.folder, arguments.ranks, arguments.others))
+            found[candidate.name].append(measure(candidate, arguments))
             nbytes = found[candidate.name][-1]["nbytes"]
             disk.append(nbytes / write_stream(arguments.folder / "stream", nbytes))
             print(
