@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..comm.agreement import on_all_ranks
 from ..comm.communicator import Communicator
 from ..comm.sharding import ShardGroups
 from ..config import DeepSpeedConfig
-from ..memory.layout import ALIGNMENT
+from ..memory.layout import ALIGNMENT, FlatLayout
 from ..native.packing import BLOCK_NUMEL
 from ..optim import build_optimizer, build_scheduler, has_stepped, refuse_all_at_once, refuse_unsuited, split_parameter_groups
 from ..zero.arrivals import is_reduced
@@ -98,16 +99,20 @@ def build_layout(
     policy = ZeroPolicy.for_stage(config.zero_optimization.stage)
     group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
     plan = plan_units(module, lambda p: shape_of(p).numel(), unit_limits(config)) if policy.shard_parameters else WHOLE
-    return ModelLayout.build(
-        module,
-        {name: group_of[id(p)] for name, p in named.items()},
-        plan,
-        dtype_of=precision.dtype_of,
+    lay_out = partial(
+        FlatLayout.build,
         shards=ranks if policy.shard_optimizer else 1,
         bucket_numel=config.zero_optimization.bucket_numel,
         unit_bucket_numel=chunk_numel(config) * ranks,
         # Blocks of 8-bit states then neither straddle parameters nor depend on how many ranks share a slice.
         alignment=BLOCK_NUMEL if config.data_types.optimizer_state_bits == 8 else ALIGNMENT,
+    )
+    return ModelLayout.build(
+        module,
+        {name: group_of[id(p)] for name, p in named.items()},
+        plan,
+        dtype_of=precision.dtype_of,
+        lay_out=lay_out,
     )
 
 

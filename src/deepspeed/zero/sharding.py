@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import nn
 from ..comm.communicator import Communicator
 from ..comm.sharding import ShardGroups
 from ..memory.heap import FreedMemory
-from ..memory.layout import ALIGNMENT, FlatLayout, ParameterSpec
+from ..memory.layout import FlatLayout, ParameterSpec
 from ..optim.segments import FlatShard
 from . import released
 from .arriving import Hops
@@ -47,13 +46,10 @@ class ModelLayout:
         plan: UnitPlan,
         *,
         dtype_of: Callable[[torch.Tensor], torch.dtype],
-        shards: int,
-        bucket_numel: int,
-        unit_bucket_numel: int = sys.maxsize,
-        alignment: int = ALIGNMENT,
+        lay_out: Callable[[Iterable[ParameterSpec]], FlatLayout],
     ) -> ModelLayout:
-        """Lay out ``module`` for ``shards`` ranks. ``group_of`` is the optimizer group of each trained parameter, by
-        its first name; ``dtype_of`` says which dtype a parameter is to have."""
+        """Lay out ``module``, its trained parameters and its others each by ``lay_out``. ``group_of`` is the optimizer group
+        of each trained parameter, by its first name; ``dtype_of`` says which dtype a parameter is to have."""
         specs = [
             ParameterSpec(
                 name,
@@ -66,13 +62,7 @@ class ModelLayout:
         ]
         trained = [spec for spec in specs if spec.name in group_of]
         frozen = [spec for spec in specs if spec.name not in group_of and spec.unit is not None]
-
-        def build(of: Iterable[ParameterSpec]) -> FlatLayout:
-            return FlatLayout.build(
-                of, shards=shards, bucket_numel=bucket_numel, unit_bucket_numel=unit_bucket_numel, alignment=alignment
-            )
-
-        return ModelLayout(plan, build(trained), build(frozen))
+        return ModelLayout(plan, lay_out(trained), lay_out(frozen))
 
 
 @dataclass(frozen=True)
