@@ -24,7 +24,8 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3)))
 disk = {"device": "nvme", "nvme_path": folder + "/nvme"}
-zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "offload_param": {**disk, "max_in_cpu": 0}, "offload_optimizer": disk}
+zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+zero |= {"offload_param": {**disk, "max_in_cpu": 0}, "offload_optimizer": disk}
 config = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "Adam"}, "zero_optimization": zero}
 engine = deepspeed.initialize(model=model, config=config)[0]
 stepping, steps = engine.optimizer.optimizer, []
@@ -63,7 +64,7 @@ def run_two_ranks(folder: Path, how: str) -> list[tuple[int, str]]:
         command = [sys.executable, str(program), how, str(folder)]
         running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     try:
-        said = [process.communicate(timeout=60)[0] for process in running]
+        said = [process.communicate(timeout=100)[0] for process in running]
     finally:
         for process in running:
             process.kill()

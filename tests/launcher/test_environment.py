@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 
 from deepspeed.launcher.environment import allocator_settings, parse_assignment, read_environment_files, visible_devices
@@ -37,4 +42,17 @@ def test_slots_count_among_the_devices_that_are_already_visible():
 
 
 def test_a_users_own_allocator_tunable_is_left_alone():
-    assert allocator_settings({"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1"}) == {}
+    assert allocator_settings({"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1"}) == {"THP_MEM_ALLOC_ENABLE": "1"}
+
+
+ALIGNMENTS = """
+import torch
+print([torch.empty(numel).data_ptr() % 4096 for numel in (1 << 19, 1 << 20, 5_000_000)])
+"""
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="what torch does elsewhere is not known")
+def test_large_tensors_of_a_rank_begin_at_pages():
+    variables = {**os.environ, **allocator_settings({})}
+    said = subprocess.run([sys.executable, "-c", ALIGNMENTS], env=variables, capture_output=True, text=True, check=True)
+    assert said.stdout == "[0, 0, 0]\n"
