@@ -3,13 +3,17 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace deepspeed {
 
-enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+// float64 is summed between ranks, and nothing else is done with it.
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
 
 // Bytes of one element.
-constexpr std::size_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+constexpr std::size_t size_of(Dtype dtype) {
+    return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
 
 // The numbers of one Adam step, already combined (see adam_step in reference.py for the formula).
 struct AdamNumbers {
@@ -81,5 +85,10 @@ extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 #endif
+
+// Those that this processor can run, slowest first.
+std::vector<const Kernels*> supported_kernels();
+// Those in use.
+const Kernels*& active_kernels();
 
 }  // namespace deepspeed

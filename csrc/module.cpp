@@ -13,6 +13,7 @@
 
 #include "file_module.hpp"
 #include "hash.hpp"
+#include "host_module.hpp"
 #include "kernels.hpp"
 
 namespace nb = nanobind;
@@ -26,24 +27,6 @@ using Address = std::uintptr_t;
 constexpr std::size_t GRAIN = std::size_t{1} << 18;
 // Elements of one partial sum of squares. Fixed, so that the result does not depend on the number of threads.
 constexpr std::size_t NORM_BLOCK = std::size_t{1} << 16;
-
-std::vector<const Kernels*> supported() {
-    std::vector<const Kernels*> kernels{&portable_kernels};
-#ifdef DEEPSPEED_X86
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx2) kernels.push_back(&avx2_kernels);
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        kernels.push_back(&avx512_kernels);
-#endif
-    return kernels;
-}
-
-const Kernels*& active() {
-    static const Kernels* kernels = supported().back();
-    return kernels;
-}
 
 // Runs work(begin, end) over [0, numel) on up to `threads` threads, boundaries at multiples of `unit`.
 //
@@ -100,7 +83,7 @@ void adam_step(const StepAddresses& tensors, Address exp_avg, Address exp_avg_sq
                               static_cast<float>(1 - beta1),  static_cast<float>(1 - beta2),
                               static_cast<float>(second),     static_cast<float>(eps),
                               static_cast<float>(step_size)};
-    const Kernels* kernels = active();
+    const Kernels* kernels = active_kernels();
     parallel(tensors.numel, threads, 64, [&](std::size_t begin, std::size_t end) {
         kernels->adam_step(tensors.part(begin, end), floats(exp_avg, begin), floats(exp_avg_sq, begin), numbers);
     });
@@ -111,7 +94,7 @@ void lion_step(const StepAddresses& tensors, Address exp_avg, double grad_scale,
     const LionNumbers numbers{static_cast<float>(grad_scale), static_cast<float>(decay),     static_cast<float>(lr),
                               static_cast<float>(beta1),      static_cast<float>(beta2),     static_cast<float>(1 - beta1),
                               static_cast<float>(1 - beta2)};
-    const Kernels* kernels = active();
+    const Kernels* kernels = active_kernels();
     parallel(tensors.numel, threads, 64, [&](std::size_t begin, std::size_t end) {
         kernels->lion_step(tensors.part(begin, end), floats(exp_avg, begin), numbers);
     });
@@ -121,7 +104,7 @@ void adagrad_step(const StepAddresses& tensors, Address sum, double grad_scale, 
                   int threads) {
     const AdagradNumbers numbers{static_cast<float>(grad_scale), static_cast<float>(l2), static_cast<float>(eps),
                                  static_cast<float>(step_size)};
-    const Kernels* kernels = active();
+    const Kernels* kernels = active_kernels();
     parallel(tensors.numel, threads, 64, [&](std::size_t begin, std::size_t end) {
         kernels->adagrad_step(tensors.part(begin, end), floats(sum, begin), numbers);
     });
@@ -131,7 +114,7 @@ void scaled_sum(const std::vector<Address>& inputs, int dtype, Address out, int 
                 double scale, bool accumulate, int threads) {
     std::vector<const void*> sources;
     for (const Address input : inputs) sources.push_back(reinterpret_cast<const void*>(input));
-    const Kernels* kernels = active();
+    const Kernels* kernels = active_kernels();
     parallel(numel, threads, 64, [&](std::size_t begin, std::size_t end) {
         kernels->scaled_sum(sources.data(), sources.size(), static_cast<Dtype>(dtype), reinterpret_cast<void*>(out),
                             static_cast<Dtype>(out_dtype), begin, end, static_cast<float>(scale), accumulate);
@@ -140,7 +123,7 @@ void scaled_sum(const std::vector<Address>& inputs, int dtype, Address out, int 
 
 double squared_sum(Address data, int dtype, std::size_t numel, int threads) {
     const Dtype from = static_cast<Dtype>(dtype);
-    const Kernels* kernels = active();
+    const Kernels* kernels = active_kernels();
     std::vector<double> partial((numel + NORM_BLOCK - 1) / NORM_BLOCK);
     parallel(numel, threads, NORM_BLOCK, [&](std::size_t begin, std::size_t end) {
         for (std::size_t start = begin; start < end; start += NORM_BLOCK)
@@ -175,7 +158,7 @@ std::size_t with_state(Address words, std::size_t next, const Draw& draw) {
 std::size_t uniform(Address words, std::size_t next, Address out, int dtype, std::size_t numel, double low, double high,
                     bool fused) {
     return with_state(words, next, [&](RandomState& state) {
-        active()->uniform(state, reinterpret_cast<void*>(out), static_cast<Dtype>(dtype), numel, static_cast<float>(low),
+        active_kernels()->uniform(state, reinterpret_cast<void*>(out), static_cast<Dtype>(dtype), numel, static_cast<float>(low),
                           static_cast<float>(high), fused);
     });
 }
@@ -183,7 +166,7 @@ std::size_t uniform(Address words, std::size_t next, Address out, int dtype, std
 std::size_t normal(Address words, std::size_t next, Address out, int dtype, std::size_t numel, double mean,
                    double deviation) {
     return with_state(words, next, [&](RandomState& state) {
-        active()->normal(state, reinterpret_cast<void*>(out), static_cast<Dtype>(dtype), numel, static_cast<float>(mean),
+        active_kernels()->normal(state, reinterpret_cast<void*>(out), static_cast<Dtype>(dtype), numel, static_cast<float>(mean),
                          static_cast<float>(deviation));
     });
 }
@@ -196,17 +179,18 @@ NB_MODULE(_core, module) {
     nb::set_leak_warnings(false);
     using namespace deepspeed;
     using namespace nb::literals;
-    module.doc() = "Kernels over flat CPU memory, and file I/O, given addresses. Called by deepspeed.native only, which checks.";
+    module.doc() = "Kernels over flat CPU memory, file I/O and collectives of one host, given addresses. Called by deepspeed.native only, "
+                   "which checks.";
     module.def("instruction_sets", [] {
         std::vector<std::string> names;
-        for (const Kernels* kernels : supported()) names.push_back(kernels->name);
+        for (const Kernels* kernels : supported_kernels()) names.push_back(kernels->name);
         return names;
     }, "The instruction sets that this processor can run, slowest first.");
-    module.def("instruction_set", [] { return std::string(active()->name); }, "The one in use.");
+    module.def("instruction_set", [] { return std::string(active_kernels()->name); }, "The one in use.");
     module.def("select", [](const std::string& name) {
-        for (const Kernels* kernels : supported())
+        for (const Kernels* kernels : supported_kernels())
             if (name == kernels->name) {
-                active() = kernels;
+                active_kernels() = kernels;
                 return;
             }
         throw nb::value_error(("this processor does not run the kernels named '" + name + "'").c_str());
@@ -227,10 +211,11 @@ NB_MODULE(_core, module) {
     module.def("hash_blocks", &hash_blocks, unlocked, "data"_a, "nbytes"_a, "block"_a, "out"_a,
                "The XXH64 of each block of bytes, the last of which may be shorter.");
     module.def("checksum", [](Address data, std::size_t nbytes) {
-        return active()->checksum(reinterpret_cast<const void*>(data), nbytes);
+        return active_kernels()->checksum(reinterpret_cast<const void*>(data), nbytes);
     }, unlocked, "data"_a, "nbytes"_a);
     module.def("uniform", &uniform, unlocked, "words"_a, "next"_a, "out"_a, "dtype"_a, "numel"_a, "low"_a, "high"_a,
                "fused"_a);
     module.def("normal", &normal, unlocked, "words"_a, "next"_a, "out"_a, "dtype"_a, "numel"_a, "mean"_a, "deviation"_a);
     bind_files(module);
+    bind_hosts(module);
 }

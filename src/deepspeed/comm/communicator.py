@@ -1,8 +1,10 @@
 """Collectives of one process group on contiguous flat buffers.
 
-A :class:`Communicator` is what code that communicates is handed. It picks the algorithm by the group's backend:
+A :class:`Communicator` is what code that communicates is handed. It picks the algorithm by where the ranks are, and by the
+group's backend:
 
-- *gloo* (CPU): reduce-scatter and all-gather are built from point-to-point sends. Gloo's own reduce-scatter moves as
+- CPU tensors of ranks of one host go through memory (``host.py``);
+- *gloo* (CPU) otherwise: reduce-scatter and all-gather are built from point-to-point sends. Gloo's own reduce-scatter moves as
   much as an all-reduce and takes four times as long; its all-gather copies twice. The slices that arrive are summed
   in rank order, so results do not depend on where in a buffer a value lies.
 - any other (NCCL): the backend's own collectives, in place.
@@ -22,8 +24,10 @@ from torch import Tensor
 
 from .. import native
 from ..memory.pool import BufferPool
+from ..native.hosts import SUMMED_CODES, HostGroup, Kind, Sum
 from .checks import CollectiveChecks
 from .groups import group_name, group_timeout, new_group
+from .host import gather_objects, host_group
 from .log import CommunicationLog, remember
 from .operations import DONE, Awaited, Collective, CollectiveError, Deferred, Pending, Started, in_vain
 
@@ -51,6 +55,7 @@ class Communicator:
         remember(self.log)
         self._scratch = BufferPool()
         self._point_to_point = dist.get_backend(group) == "gloo"
+        self._host = host_group(group) if self._point_to_point and self.size > 1 else None
         self._ranks: list[int] = dist.get_process_group_ranks(group)
         self._partition = partition or (self._ranks,)
         self._checks = checks
@@ -74,6 +79,9 @@ class Communicator:
         put = functools.partial(_put, own, target, scale, accumulate)
         if self.size == 1:
             return Deferred(put)
+        if host := self._memory_for(buffer, summed=True):
+            total = Sum(target, scale, accumulate)
+            return self._run("reduce_scatter", purpose, buffer, 1, lambda: _through(host, Kind.reduce_scatter, buffer, total))
         arriving: list[Tensor] = []
 
         def exchange() -> list[Awaited]:
@@ -104,6 +112,8 @@ class Communicator:
         for another of the same size."""
         if self.size == 1 or not buffer.numel():
             return DONE
+        if host := self._memory_for(buffer):
+            return self._run("all_gather", purpose, buffer, 1, lambda: _through(host, Kind.all_gather, buffer, tag=tag))
         slices = list(buffer.chunk(self.size))
         own = slices[self.rank]
 
@@ -123,6 +133,12 @@ class Communicator:
         """Sum ``buffer`` over the ranks in place, times ``scale``."""
         if self.size == 1 or not buffer.numel():
             return Deferred(lambda: _scale(buffer, scale))
+        if host := self._memory_for(buffer, summed=True):
+            # Of 16-bit values the sum is rounded before it is scaled, as elsewhere.
+            early = scale if buffer.element_size() > 2 else 1.0
+            total = Sum(buffer, early)
+            begin = functools.partial(_through, host, Kind.all_reduce, buffer, total)
+            return self._run("all_reduce", purpose, buffer, 2, begin, lambda: _scale(buffer, scale / early))
 
         def reduce() -> list[Awaited]:
             return [Awaited(dist.all_reduce(buffer, group=self.group, async_op=True))]
@@ -133,6 +149,9 @@ class Communicator:
         """Copy group rank ``source``'s ``buffer`` to all ranks, in place."""
         if self.size == 1 or not buffer.numel():
             return DONE
+        if host := self._memory_for(buffer):
+            begin = functools.partial(_through, host, Kind.broadcast, buffer, source=source)
+            return self._run("broadcast", purpose, buffer, 1, begin)
 
         def send() -> list[Awaited]:
             return [Awaited(dist.broadcast(buffer, src=self._ranks[source], group=self.group, async_op=True))]
@@ -147,6 +166,9 @@ class Communicator:
             out.copy_(slices[self.rank])
         if self.size == 1 or not out.numel():
             return DONE
+        if host := self._memory_for(out):
+            begin = functools.partial(_through, host, Kind.scatter, buffer, out, source=source)
+            return self._run("scatter", purpose, out, 1, begin)
         origin = self._ranks[source]
 
         def exchange() -> list[Awaited]:
@@ -167,7 +189,14 @@ class Communicator:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        self._block("gather_objects", purpose, lambda: dist.all_gather_object(values, value, group=self.group))
+
+        def gather() -> None:
+            if self._host is not None:
+                values[:] = gather_objects(self._host, value, rank=self.rank, size=self.size)
+            else:
+                dist.all_gather_object(values, value, group=self.group)
+
+        self._block("gather_objects", purpose, gather)
         return values
 
     def sum_in_rank_order(self, values: Tensor, *, purpose: str = "") -> Tensor:
@@ -207,13 +236,23 @@ class Communicator:
 
     def close(self) -> None:
         """Take a group that ``duplicate`` made apart; the default group stays. This rank does nothing more in it."""
+        if self._host is not None and self.group is not None:
+            self._host.close()
         if self.group is not None:
             dist.destroy_process_group(self.group)
 
     def barrier(self) -> None:
         """Return when all ranks have come here."""
         if self.size > 1:
-            self._block("barrier", "", lambda: dist.barrier(group=self.group))
+            host = self._host
+
+            def meet() -> None:
+                if host is not None:
+                    host.begin(Kind.barrier).wait()
+                else:
+                    dist.barrier(group=self.group)
+
+            self._block("barrier", "", meet)
 
     def release_scratch(self) -> None:
         """Free the buffers in which reductions received; the next one allocates them anew."""
@@ -258,6 +297,11 @@ class Communicator:
         operation = begin() if self._channel is None else self._channel.announce(collective, begin)
         operation.wait()
 
+    def _memory_for(self, tensor: Tensor, *, summed: bool = False) -> HostGroup | None:
+        """The collectives through memory, where they take ``tensor``."""
+        takes = tensor.device.type == "cpu" and (not summed or tensor.dtype in SUMMED_CODES)
+        return self._host if takes else None
+
     def _scratch_like(self, tensor: Tensor) -> Tensor:
         return self._scratch.take(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
 
@@ -265,6 +309,10 @@ class Communicator:
         """Group and global ranks of the others, nearest following rank first, so that no rank is everyone's first."""
         order = [(self.rank + step) % self.size for step in range(1, self.size)]
         return [(peer, self._ranks[peer]) for peer in order]
+
+
+def _through(host: HostGroup, kind: Kind, *tensors: Tensor | Sum | None, **what: int) -> list[Awaited]:
+    return [Awaited(host.begin(kind, *tensors, **what))]
 
 
 def _put(own: Tensor, target: Tensor, scale: float, accumulate: bool) -> None:

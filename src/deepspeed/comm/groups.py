@@ -11,13 +11,13 @@ import torch.distributed as dist
 
 def group_name(group: dist.ProcessGroup | None) -> str:
     """The name that all ranks have for ``group`` (the default group where it is None)."""
-    return str(_actual(group).group_name)
+    return str(actual(group).group_name)
 
 
 def group_timeout(group: dist.ProcessGroup | None) -> timedelta:
     """How long operations of ``group`` (the default group where it is None) wait for other ranks: as its maker said."""
-    for device in _actual(group)._device_types:
-        options = getattr(_actual(group)._get_backend(device), "options", None)
+    for device in actual(group)._device_types:
+        options = getattr(actual(group)._get_backend(device), "options", None)
         timeout = getattr(options, "_timeout", None)
         if isinstance(timeout, timedelta):
             return timeout
@@ -32,7 +32,8 @@ def new_group(partition: Sequence[Sequence[int]], like: dist.ProcessGroup | None
     return next(g for g, ranks in zip(groups, partition, strict=True) if dist.get_rank() in ranks)
 
 
-def _actual(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+def actual(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """``group``, the default group where it is None."""
     return group or _get_data_parallel_group()
 
 

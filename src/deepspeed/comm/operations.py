@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..native.hosts import PeerError
+
 
 class CollectiveError(RuntimeError):
     """An operation of several ranks that did not come about: the message says which, and whom it waited for."""
@@ -109,7 +111,9 @@ class Started:
 
 
 def in_vain(collective: Collective, peer: int | None, error: BaseException, *, since: float) -> str:
-    """What is said of a wait that ended by ``error``. ``since`` is in seconds since the epoch."""
+    """What is said of a wait for ``peer`` that ended by ``error``. ``since`` is in seconds since the epoch."""
+    if isinstance(error, PeerError):
+        peer = error.peer
     whom = "other ranks" if peer is None else f"rank {peer}"
     start = time.strftime("%H:%M:%S", time.localtime(since))
     return (
