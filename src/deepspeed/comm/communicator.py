@@ -311,8 +311,10 @@ class Communicator:
         return [(peer, self._ranks[peer]) for peer in order]
 
 
-def _through(host: HostGroup, kind: Kind, *tensors: Tensor | Sum | None, **what: int) -> list[Awaited]:
-    return [Awaited(host.begin(kind, *tensors, **what))]
+def _through(
+    host: HostGroup, kind: Kind, buffer: Tensor | None, out: Tensor | Sum | None = None, *, tag: int = 0, source: int = 0
+) -> list[Awaited]:
+    return [Awaited(host.begin(kind, buffer, out, tag=tag, source=source))]
 
 
 def _put(own: Tensor, target: Tensor, scale: float, accumulate: bool) -> None:

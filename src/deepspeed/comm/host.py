@@ -65,7 +65,8 @@ def _agree(group: dist.ProcessGroup) -> HostGroup | None:
     everyone = _gather((name, os.getpid(), place, refusal), group)
     names, pids, places, refusals = zip(*everyone, strict=True)
     if len(set(names)) > 1 or any(refusals):
-        return _do_without(refusals, first)
+        _do_without(refusals, first)
+        return None
     found: HostGroup | None = None
     refusal = ""
     try:
@@ -80,7 +81,8 @@ def _agree(group: dist.ProcessGroup) -> HostGroup | None:
     if any(refusals):
         if found is not None:
             found.close()
-        return _do_without(refusals, first)
+        _do_without(refusals, first)
+        return None
     return found
 
 
