@@ -31,21 +31,22 @@ void HostGroup::close() {
     if (getpid() != owner_) {
         // A child of a fork has neither the thread nor the memory.
         thread_.release();
+        meeting_.release();
         return;
     }
     {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const std::lock_guard<std::mutex> lock(meeting_->mutex);
         closing_ = true;
     }
-    submitted_.notify_all();
+    meeting_->submitted.notify_all();
     segment_->ring(rank_);
     thread_->join();
     thread_.reset();
-    std::unique_lock<std::mutex> lock(mutex_);
-    ended_.wait(lock, [this] { return !driven_; });
+    std::unique_lock<std::mutex> lock(meeting_->mutex);
+    meeting_->ended.wait(lock, [this] { return !driven_; });
     for (const auto& operation : queue_) fail(*operation, State::closed, -1);
     queue_.clear();
-    ended_.notify_all();
+    meeting_->ended.notify_all();
     segment_->progress(rank_).left.store(1, std::memory_order_seq_cst);
     ring_others();
 }
@@ -53,7 +54,7 @@ void HostGroup::close() {
 std::shared_ptr<Operation> HostGroup::submit(const Request& request) {
     auto operation = std::make_shared<Operation>(request);
     {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const std::lock_guard<std::mutex> lock(meeting_->mutex);
         if (closing_) {
             fail(*operation, State::closed, -1);
             return operation;
@@ -61,16 +62,16 @@ std::shared_ptr<Operation> HostGroup::submit(const Request& request) {
         if (queue_.empty()) moved_ = Clock::now();
         queue_.push_back(operation);
     }
-    submitted_.notify_one();
+    meeting_->submitted.notify_one();
     return operation;
 }
 
 bool HostGroup::wait(Operation& operation, double seconds) {
     const auto until = Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
-    std::unique_lock<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(meeting_->mutex);
     while (operation.state == State::waiting && Clock::now() < until) {
         if (driven_ || queue_.empty())
-            ended_.wait_until(lock, until);
+            meeting_->ended.wait_until(lock, until);
         else
             drive(lock, until, false);
     }
@@ -78,9 +79,9 @@ bool HostGroup::wait(Operation& operation, double seconds) {
 }
 
 void HostGroup::work() {
-    std::unique_lock<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(meeting_->mutex);
     for (;;) {
-        submitted_.wait(lock, [this] { return closing_ || (!queue_.empty() && !driven_); });
+        meeting_->submitted.wait(lock, [this] { return closing_ || (!queue_.empty() && !driven_); });
         if (closing_) return;
         drive(lock, Clock::time_point::max(), true);
     }
@@ -95,8 +96,8 @@ void HostGroup::drive(std::unique_lock<std::mutex>& lock, Clock::time_point unti
     lock.lock();
     driven_ = false;
     if (operation->state != State::waiting) queue_.pop_front();
-    ended_.notify_all();
-    if (!queue_.empty()) submitted_.notify_one();
+    meeting_->ended.notify_all();
+    if (!queue_.empty()) meeting_->submitted.notify_one();
 }
 
 void HostGroup::run(Operation& operation, Clock::time_point until, bool patient) {

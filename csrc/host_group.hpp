@@ -91,8 +91,12 @@ class HostGroup {
     Clock::time_point moved_{};  // when the operation at the head last got on
     Operation broken_{Request{}};
 
-    std::mutex mutex_;
-    std::condition_variable submitted_, ended_;
+    // What threads wait on. A child of a fork leaves it where it is: a condition that has waiters cannot be destroyed.
+    struct Meeting {
+        std::mutex mutex;
+        std::condition_variable submitted, ended;
+    };
+    std::unique_ptr<Meeting> meeting_{new Meeting};
     std::deque<std::shared_ptr<Operation>> queue_;
     bool driven_ = false;
     std::atomic<bool> closing_{false};

@@ -72,14 +72,18 @@ Segment::Segment(const SegmentShape& shape, int pid, int descriptor, std::uint64
     if (fits) map();
     close_descriptor();
     if (!fits || this->token() != token) {
-        if (memory_) munmap(memory_, shape_.nbytes());
+        unmap();
         throw std::system_error(ESTALE, std::generic_category(), path + " is another file than was announced");
     }
 }
 
 Segment::~Segment() {
     close_descriptor();
-    if (memory_) munmap(memory_, shape_.nbytes());
+    unmap();
+}
+
+void Segment::unmap() {
+    if (memory_ && owner_ == getpid()) munmap(memory_, shape_.nbytes());
 }
 
 void Segment::map() {
@@ -90,6 +94,7 @@ void Segment::map() {
         throw std::system_error(error, std::generic_category(), "mmap of a segment");
     }
     memory_ = static_cast<char*>(memory);
+    owner_ = getpid();
     // A child of a fork is no rank of this group.
     madvise(memory_, shape_.nbytes(), MADV_DONTFORK);
 }

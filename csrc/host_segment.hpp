@@ -72,10 +72,12 @@ class Segment {
 
   private:
     void map();
+    void unmap();
 
     SegmentShape shape_;
     int descriptor_ = -1;
     char* memory_ = nullptr;
+    pid_t owner_ = 0;  // the process in which the memory is mapped: not in its children
 };
 
 // Whether processes live, by descriptors that stay theirs when a number is given to another process.

@@ -167,10 +167,12 @@ def test_a_rank_that_saves_while_others_train_is_told_so(ranks, stage):
 # -- without the switch ------------------------------------------------------------------------------------------------
 
 
-def fetch_in_another_order_without_checks(seconds: float) -> str:
+def fetch_in_another_order_without_checks(seconds: float, transport: str) -> str:
     set_timeout(seconds)
     config = {"zero_optimization": {"stage3_prefetch_bucket_size": 0}}
-    engine = make_engine(Training(Branches, all_branches, config=config), 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPSPEED_HOST_TRANSPORT", transport)
+        engine = make_engine(Training(Branches, all_branches, config=config), 3)
     other = (0, 1, 2) if engine.global_rank != 1 else (0, 2, 1)
 
     def train() -> None:
@@ -181,14 +183,15 @@ def fetch_in_another_order_without_checks(seconds: float) -> str:
     return told(train)
 
 
-def test_a_wait_that_is_too_long_says_for_what_and_for_whom_and_what_to_switch_on(ranks):
-    texts = ranks(2, fetch_in_another_order_without_checks, 2.0)
+@pytest.mark.parametrize(("transport", "reason"), [("0", "Timed out"), ("1", "it came to another operation")])
+def test_a_wait_in_vain_says_for_what_and_for_whom_and_what_to_switch_on(ranks, transport, reason):
+    texts = ranks(2, fetch_in_another_order_without_checks, 2.0, transport)
     for rank, text in enumerate(texts):
         unit = "layers.1" if rank == 0 else "layers.2"
         start = f"rank {rank} waited for rank {1 - rank} in vain in the fetch of unit '{unit}' (all_gather of "
         assert text.startswith(start)
         assert "s since" in text and "zero_optimization.enable_sanity_checks set to true" in text
-    assert any("Timed out" in text for text in texts)
+    assert any(reason in text for text in texts)
 
 
 PROGRAM = """

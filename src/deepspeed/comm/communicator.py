@@ -184,6 +184,30 @@ class Communicator:
 
         return self._run("scatter", purpose, out, 1, exchange if self._point_to_point else scatter)
 
+    def all_to_all(self, buffer: Tensor, out: Tensor, *, purpose: str = "") -> Pending:
+        """Fill slice i of ``out`` with this rank's slice of rank i's ``buffer``. Both are 1-D, contiguous and of one size, a
+        multiple of ``size`` elements."""
+        if not buffer.numel():
+            return DONE
+        slices, filled = buffer.chunk(self.size), out.chunk(self.size)
+        filled[self.rank].copy_(slices[self.rank])
+        if self.size == 1:
+            return DONE
+        if host := self._memory_for(buffer):
+            return self._run("all_to_all", purpose, buffer, 1, lambda: _through(host, Kind.all_to_all, buffer, out))
+
+        def exchange() -> list[Awaited]:
+            works = []
+            for peer, global_rank in self._peers():
+                works.append(Awaited(dist.irecv(filled[peer], src=global_rank, group=self.group), global_rank))
+                works.append(Awaited(dist.isend(slices[peer], dst=global_rank, group=self.group), global_rank))
+            return works
+
+        def send() -> list[Awaited]:
+            return [Awaited(dist.all_to_all_single(out, buffer, group=self.group, async_op=True))]
+
+        return self._run("all_to_all", purpose, buffer, 1, exchange if self._point_to_point else send)
+
     def gather_objects(self, value: object, *, purpose: str = "") -> list[Any]:
         """Every rank's ``value`` (small and picklable), in rank order. Blocks."""
         if self.size == 1:

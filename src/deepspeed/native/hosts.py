@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -118,7 +117,7 @@ class HostGroup:
     def __init__(self, memory: SharedMemory, rank: int, ranks: Sequence[int], pids: Sequence[int], timeout: timedelta):
         self._ranks = tuple(ranks)
         self._core = _core().HostGroup(memory.segment, self._ranks.index(rank), list(pids), timeout.total_seconds())
-        self._in_flight: deque[tuple[Any, tuple[Tensor, ...]]] = deque()
+        self._in_flight: dict[Any, tuple[Tensor, ...]] = {}
         # First of all: the memory of what is under way goes after it.
         self._finalizer = weakref.finalize(self, self._core.close)
 
@@ -148,10 +147,21 @@ class HostGroup:
             tag,
             source,
         )
-        while self._in_flight and self._in_flight[0][0].state != _State.waiting:
-            self._in_flight.popleft()
-        self._in_flight.append((operation, tuple(tensor for tensor in (buffer, target) if tensor is not None)))
-        return HostOperation(self._core, operation, self._ranks)
+        # Handles may be dropped before the operation has ended.
+        for other in [other for other in self._in_flight if other.state != _State.waiting]:
+            del self._in_flight[other]
+        self._in_flight[operation] = tuple(tensor for tensor in (buffer, target) if tensor is not None)
+        return HostOperation(self, operation)
+
+    def wait(self, operation: Any) -> None:
+        """Return when this rank has the result of ``operation``, one of the core's. Raises PeerError where another rank does
+        not do its part."""
+        while not self._core.wait(operation, INTERRUPTIBLE_SECONDS):
+            pass
+        self._in_flight.pop(operation, None)
+        if operation.state != _State.done:
+            peer = None if operation.peer < 0 else self._ranks[operation.peer]
+            raise PeerError(_reason(operation), peer)
 
     def close(self) -> None:
         """Fail what is under way, and tell the others that this rank has left."""
@@ -162,29 +172,26 @@ class HostGroup:
 class HostOperation:
     """A collective under way."""
 
-    def __init__(self, core: Any, operation: Any, ranks: Sequence[int]):
-        self._core = core
+    def __init__(self, group: HostGroup, operation: Any):
+        self._group = group
         self._operation = operation
-        self._ranks = ranks
 
     def wait(self) -> None:
         """Return when this rank has its result. Raises PeerError where another does not do its part."""
-        while not self._core.wait(self._operation, INTERRUPTIBLE_SECONDS):
-            pass
-        if self._operation.state != _State.done:
-            peer = self._operation.peer
-            raise PeerError(self._reason(_State(self._operation.state)), None if peer < 0 else self._ranks[peer])
+        self._group.wait(self._operation)
 
-    def _reason(self, state: _State) -> str:
-        if state == _State.differs:
-            kind, dtype, nbytes, _ = self._operation.there
-            return f"it came to another operation, {Kind(kind).name} of {nbytes} bytes of {NAMES[dtype].removeprefix('torch.')}"
-        return {
-            _State.ended: "its process has ended",
-            _State.left: "it has left the group",
-            _State.timeout: "Timed out, it did not come",
-            _State.closed: "the group was closed here",
-        }[state]
+
+def _reason(operation: Any) -> str:
+    if operation.state == _State.differs:
+        kind, dtype, nbytes, tag = operation.there
+        what = f"{Kind(kind).name} of {nbytes} bytes of {NAMES[dtype].removeprefix('torch.')} under tag {tag}"
+        return f"it came to another operation, {what}"
+    return {
+        _State.ended: "its process has ended",
+        _State.left: "it has left the group",
+        _State.timeout: "Timed out, it did not come",
+        _State.closed: "the group was closed here",
+    }[_State(operation.state)]
 
 
 def _core() -> ModuleType:
