@@ -1,7 +1,9 @@
 // Ranks as threads that do the same random collectives through one segment, in any mixture of sizes and delays, and compare
 // every byte with what plain arithmetic gives. Built with -fsanitize=thread it also finds races.
 //
-//     host_stress OPERATIONS RANKS SEED
+//     cd csrc && g++ -std=c++17 -O2 -pthread ../tests/native/host_stress.cpp host_group.cpp host_steps.cpp
+//         host_segment.cpp dispatch.cpp kernels_portable.cpp -o /tmp/host_stress
+//     /tmp/host_stress OPERATIONS RANKS SEED
 #include <unistd.h>
 
 #include <cstdio>
