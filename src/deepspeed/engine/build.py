@@ -206,15 +206,7 @@ def shard_model(
     The optimizer is None where neither a client optimizer nor a configured one is there: an engine for inference.
     """
 
-    def prepare() -> tuple[torch.optim.Optimizer | None, dict[str, nn.Parameter]]:
-        refuse_other_devices(config)
-        optimizer = _inner_optimizer(module, request, config)
-        if optimizer is not None and config.zero_optimization.offload_optimizer.device == "nvme":
-            refuse_all_at_once(optimizer, "cannot lie on a disk: set zero_optimization.offload_optimizer.device to cpu or none")
-        if optimizer is not None and config.data_types.packs:
-            refuse_all_at_once(optimizer, "cannot be packed: leave data_types.optimizer_state_bits and split_master out")
-        return optimizer, name_parameters(module, optimizer.param_groups) if optimizer is not None else {}
-
+    prepare = partial(_optimizer_and_names, module, request, config)
     optimizer, named = on_all_ranks(prepare, communicator, what="deepspeed.initialize")
     check_ranks_agree(describe(module, optimizer, config), communicator)
     options = optimizer.param_groups if optimizer is not None else []
@@ -281,6 +273,21 @@ def build_lr_scheduler(scheduler: Any, optimizer: ShardedOptimizer | None, confi
         optimizer.close()
         raise
     return None
+
+
+def _optimizer_and_names(
+    module: nn.Module, request: OptimizerRequest, config: DeepSpeedConfig
+) -> tuple[torch.optim.Optimizer | None, dict[str, nn.Parameter]]:
+    """The optimizer, where there is one, and the parameters that it trains by name."""
+    refuse_other_devices(config)
+    optimizer = _inner_optimizer(module, request, config)
+    if optimizer is None:
+        return None, {}
+    if config.zero_optimization.offload_optimizer.device == "nvme":
+        refuse_all_at_once(optimizer, "cannot lie on a disk: set zero_optimization.offload_optimizer.device to cpu or none")
+    if config.data_types.packs:
+        refuse_all_at_once(optimizer, "cannot be packed: leave data_types.optimizer_state_bits and split_master out")
+    return optimizer, name_parameters(module, optimizer.param_groups)
 
 
 def _inner_optimizer(module: nn.Module, request: OptimizerRequest, config: DeepSpeedConfig) -> torch.optim.Optimizer | None:

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from ..comm.communicator import Communicator
 from ..comm.operations import DONE, Pending
 from ..comm.sharding import ShardGroups
-from ..memory.heap import FreedMemory
 from ..memory.layout import Bucket
 from ..memory.tiers import Chunk
 from ..native.files import FileTransfer
@@ -49,6 +48,9 @@ class Constructor(Protocol):
 
     def settle(self) -> None:
         """Wait until all slices have arrived that units were given."""
+
+    def freed(self, nbytes: int) -> None:
+        """So many bytes of whole parameters were freed."""
 
 
 class UnitState(Enum):
@@ -136,8 +138,7 @@ class UnitPart:
 class ParameterUnit:
     """The parameters of ``parts``, all sharded or all whole. ``holds`` counts who needs it whole now; ``on_touch`` is called
     for a parameter that is computed with while it is released, ``on_hold`` where the unit is made whole by hand,
-    ``on_memory`` when the whole buffers get memory or lose it; ``freed`` is told of memory that ``let_go`` frees, outside of
-    training steps; ``hops``, of all units that share ``groups``, orders what comes from a disk. Released parameters have the
+    ``on_memory`` when the whole buffers get memory or lose it; ``hops``, of all units that share ``groups``, orders what comes from a disk. Released parameters have the
     shape (0,) where ``shows_sizes`` is False, and else their own, for who asks."""
 
     ranks_agree = True
@@ -153,7 +154,6 @@ class ParameterUnit:
         self.on_hold: Callable[[ParameterUnit], None] = lambda unit: None
         self.constructor: Constructor | None = None
         self.on_memory: OnMemory = lambda unit, change: None
-        self.freed: FreedMemory | None = None
         self.shows_sizes = False
         self.hops = hops or Hops()
         self._groups = groups
@@ -236,8 +236,8 @@ class ParameterUnit:
         self.holds -= 1
         if not self.holds:
             self.release()
-            if self.freed is not None:
-                self.freed.add(sum(part.bucket.numel * part.whole.element_size() for part in self.parts))
+            if self.constructor is not None:
+                self.constructor.freed(sum(part.bucket.numel * part.whole.element_size() for part in self.parts))
 
     def touched(self, parameter: nn.Parameter, operation: str) -> None:
         """Make the unit whole for ``operation``, or raise."""
