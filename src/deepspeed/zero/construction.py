@@ -119,10 +119,6 @@ class ModuleSharder:
         self._replicate()
         self._refuse_touches()
 
-    def freed(self, nbytes: int) -> None:
-        """So many bytes of whole parameters were freed."""
-        self._freed.add(nbytes)
-
     def abandon(self) -> None:
         """An exception ended the construction: keep nothing."""
         for unit in self._touched:
@@ -239,6 +235,7 @@ class ModuleSharder:
         unit = ParameterUnit(0, name, [part], ShardGroups.whole(self._communicator))
         unit.on_touch = self._on_touch
         unit.constructor = self
+        unit.freed = self._freed
         unit.shows_sizes = True
         self._constructed_in[unit] = constructed_in
         return part
