@@ -23,7 +23,7 @@ class CheckpointConfig(Section):
     format: Annotated[Literal["fragments", "deepspeed"], Lowered] = key(
         "fragments",
         "The files of a checkpoint: fragments in safetensors, or deepspeed for the pickled ones of the original DeepSpeed, "
-        "which are made of the former and take the disk twice meanwhile. Either is loaded without being asked for.",
+        "which are made of the former and take the disk three times meanwhile. Either is loaded without being asked for.",
     )
     load_universal: bool = key(False, "Load at another world size or stage: always possible here, either value is right.")
     async_save: bool = key(

@@ -240,7 +240,7 @@ def _optimizer_states(source: Source, layout: Layout, rank: int, empty: Empty) -
             for name, start, at, size in places:
                 _fill(source, own[kind], at, source.parts(kind, name, start, size))
         used = max((at + size for _, _, at, size in places), default=0)
-        masters.append(own.pop(WEIGHT) if layout.stage == 3 else own.pop(WEIGHT)[:used].clone())
+        masters.append(own.pop(WEIGHT) if layout.stage == 3 else own.pop(WEIGHT)[:used])
         states[number] = {**_numbers(source, names[0]), **own} if own else {}
         paddings.append(numel - used)
         addresses.append(OrderedDict((n, _attributes(FragmentAddress(), numel=s, start=at)) for n, _, at, s in places))
