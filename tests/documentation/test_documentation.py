@@ -13,7 +13,11 @@ from tests.documentation.pages import LANGUAGES, ROOT, Block, Page, check_output
 from tests.pool import Pool
 
 PAGES = pages()
-NEEDS = {("docs/monitoring.md", "wandb,comet_ml"), ("docs/integrations.md", "transformers")}
+NEEDS = {
+    ("docs/checkpoint-format.md", "xxhash"),
+    ("docs/integrations.md", "transformers"),
+    ("docs/monitoring.md", "wandb,comet_ml"),
+}
 """What examples may need that is not here: by page. Those of integrations.md run in tests/integrations."""
 
 

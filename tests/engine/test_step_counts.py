@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,36 +133,6 @@ def test_checkpoints_hold_each_parameters_count_at_any_world_size_and_stage(rank
         for results in ranks(other, resumed, str(tmp_path)):
             for weights in results:
                 assert_close(weights, expected, 1e-5)
-
-
-def write_as_before(path: Path) -> None:
-    """The index as it was when each parameter group had one step number, and the index no checksum."""
-    index = json.loads((path / "index.json").read_text())
-    index.pop("checksum")
-    parameters = index["optimizer"].pop("parameters")
-    index["optimizer"]["numbers"] = [parameters[0]["numbers"]]
-    (path / "index.json").write_text(json.dumps(index))
-
-
-def one_step_each(directory: str, resume: bool) -> tuple[dict[str, Tensor], float]:
-    engine = make_engine(TRAINING, 2)
-    for step in range(3):
-        if step == 2 and resume:
-            engine.load_checkpoint(directory)
-        x = torch.randn(6, WIDTH, generator=generator(step))
-        engine.backward(engine(x, 0, 1, 2, 3).square().mean())
-        engine.step()
-        if step == 1 and not resume:
-            engine.save_checkpoint(directory)
-    return state_of(engine.module), float(safe_get_full_optimizer_state(engine.module.layers[3].weight, "step"))
-
-
-def test_a_checkpoint_with_one_count_for_all_loads(ranks, tmp_path):
-    expected, _ = ranks(2, one_step_each, str(tmp_path), False)[0]
-    write_as_before(tmp_path / "global_step2")
-    for weights, step in ranks(2, one_step_each, str(tmp_path), True):
-        assert_close(weights, expected)
-        assert step == 3
 
 
 def by_state_dict(stage: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

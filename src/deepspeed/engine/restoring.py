@@ -142,7 +142,7 @@ def _unfreeze_as_saved(optimizer: ShardedOptimizer, reader: Source) -> None:
 
 def _make_plan(engine: EngineInformation, reader: Source, request: LoadRequest) -> _Plan:
     optimizer, ours = engine.optimizer, untrained_tensors(engine)
-    plan = _Plan(numbers=_numbers(optimizer, reader) if optimizer is not None and request.optimizer_states else {})
+    plan = _Plan(numbers=_numbers(reader) if optimizer is not None and request.optimizer_states else {})
     for shard in optimizer.shards if optimizer is not None else ():
         kinds = {WEIGHT} if request.load_module is None else set()
         if request.optimizer_states:
@@ -163,14 +163,9 @@ def _fills(reader: Source, kind: str, shard: FlatShard) -> list[_Fill]:
     return [_Fill(f.slice_start, tuple(reader.parts(kind, f.spec.name, f.parameter_start, f.numel))) for f in fragments]
 
 
-def _numbers(optimizer: ShardedOptimizer, reader: Source) -> dict[str, dict[str, Any]]:
+def _numbers(reader: Source) -> dict[str, dict[str, Any]]:
     """The states of each parameter that are numbers, by its name."""
-    saved = reader.index["optimizer"]
-    if "parameters" in saved:
-        return {name: entry["numbers"] for entry in saved["parameters"] for name in entry["names"]}
-    # A checkpoint from before parameters had numbers of their own has those of each group, equal in all of it.
-    group_of = {name: bucket.group for name, (bucket, _) in optimizer.flat.layout.homes.items()}
-    return {name: saved["numbers"][group] for name, group in group_of.items() if reader.kinds(name) > {WEIGHT}}
+    return {name: entry["numbers"] for entry in reader.index["optimizer"]["parameters"] for name in entry["names"]}
 
 
 def _of_another_model(reader: Source, ours: dict[str, tuple[int, ...]], strict: bool) -> list[str]:

@@ -222,6 +222,10 @@ class ModuleSharder:
         pending = self._communicator.scatter(whole, own, purpose=f"scatter of {name}")
         self._under_way.append(_UnderWay(pending, whole, part.chunk if part.chunk.evictables() else None))
 
+    def _on_memory(self, unit: ParameterUnit, change: int) -> None:
+        if change < 0:
+            self._freed.add(-change * max(part.whole.element_size() for part in unit.parts))
+
     def _adopt(
         self, parameter: nn.Parameter, name: str, layout: FlatLayout, own: Tensor, *, constructed_in: torch.dtype
     ) -> UnitPart:
@@ -235,7 +239,7 @@ class ModuleSharder:
         unit = ParameterUnit(0, name, [part], ShardGroups.whole(self._communicator))
         unit.on_touch = self._on_touch
         unit.constructor = self
-        unit.freed = self._freed
+        unit.on_memory = self._on_memory
         unit.shows_sizes = True
         self._constructed_in[unit] = constructed_in
         return part

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from ..comm.communicator import Communicator
 from ..comm.operations import DONE, Pending
 from ..comm.sharding import ShardGroups
-from ..memory.heap import FreedMemory
 from ..memory.layout import Bucket
 from ..memory.tiers import Chunk
 from ..native.files import FileTransfer
@@ -136,9 +135,8 @@ class UnitPart:
 class ParameterUnit:
     """The parameters of ``parts``, all sharded or all whole. ``holds`` counts who needs it whole now; ``on_touch`` is called
     for a parameter that is computed with while it is released, ``on_hold`` where the unit is made whole by hand,
-    ``on_memory`` when the whole buffers get memory or lose it; ``freed`` is told of memory that ``let_go`` frees, outside of
-    training steps; ``hops``, of all units that share ``groups``, orders what comes from a disk. Released parameters have the
-    shape (0,) where ``shows_sizes`` is False, and else their own, for who asks."""
+    ``on_memory`` when the whole buffers get memory or lose it; ``hops``, of all units that share ``groups``, orders what comes
+    from a disk. Released parameters have the shape (0,) where ``shows_sizes`` is False, and else their own, for who asks."""
 
     ranks_agree = True
 
@@ -146,13 +144,13 @@ class ParameterUnit:
         self.index = index
         self.name = name
         self.parts: tuple[UnitPart, ...] = ()
+        self.numel = 0
         self.state = UnitState.SHARDED
         self.holds = 0
         self.on_touch: OnTouch = refuse
         self.on_hold: Callable[[ParameterUnit], None] = lambda unit: None
         self.constructor: Constructor | None = None
         self.on_memory: OnMemory = lambda unit, change: None
-        self.freed: FreedMemory | None = None
         self.shows_sizes = False
         self.hops = hops or Hops()
         self._groups = groups
@@ -161,14 +159,10 @@ class ParameterUnit:
         for part in parts:
             self.add(part)
 
-    @property
-    def numel(self) -> int:
-        """Elements of the whole unit."""
-        return sum(part.bucket.numel for part in self.parts)
-
     def add(self, part: UnitPart) -> None:
         """Take in ``part``, whose parameters are whole where the unit is, and released or whole where it is not."""
         self.parts = (*self.parts, part)
+        self.numel += part.bucket.numel
         self.forget_second_copy()
         for parameter, view in part.views:
             released.describe(parameter, self, shape=tuple(view.shape), shards=part.bucket.shards)
@@ -239,8 +233,6 @@ class ParameterUnit:
         self.holds -= 1
         if not self.holds:
             self.release()
-            if self.freed is not None:
-                self.freed.add(sum(part.bucket.numel * part.whole.element_size() for part in self.parts))
 
     def touched(self, parameter: nn.Parameter, operation: str) -> None:
         """Make the unit whole for ``operation``, or raise."""
@@ -269,6 +261,7 @@ class ParameterUnit:
             if not part.views:
                 part.flat.drop(part.bucket)
         self.parts = tuple(part for part in self.parts if part.views)
+        self.numel = sum(part.bucket.numel for part in self.parts)
         released.forget(parameter)
 
     def describe(self, parameter: nn.Parameter) -> str:
