@@ -69,7 +69,8 @@ def test_a_checkpoint_has_the_adapters_alone_and_a_training_goes_on_from_it(rank
     assert state and all("lora_" in name for name in state)
     saved = load_file(checkpoint / "adapter_model.safetensors")
     assert_same({name.replace(".default", ""): value for name, value in state.items()}, saved)
-    assert size_of(checkpoint / "global_step3") < 20 * sum(value.nbytes for value in saved.values())
+    random_states = 2 * (16 << 10)  # of two ranks
+    assert size_of(checkpoint / "global_step3") < 20 * sum(value.nbytes for value in saved.values()) + random_states
 
 
 def size_of(folder: Path) -> int:
