@@ -91,7 +91,6 @@ struct Kernels {
     void (*scaled_sum)(const void* const* inputs, std::size_t count, Dtype dtype, void* out, Dtype out_dtype,
                        std::size_t begin, std::size_t end, float scale, bool accumulate);
     double (*squared_sum)(const void* data, Dtype dtype, std::size_t numel);
-    std::uint64_t (*checksum)(const void* data, std::size_t nbytes);
     // out: fp32 or bf16. fused: with a multiply-add of one rounding.
     void (*uniform)(RandomState& state, void* out, Dtype dtype, std::size_t numel, float low, float high, bool fused);
     // out: fp32 or bf16, at least 16 elements.

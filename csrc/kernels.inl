@@ -239,24 +239,6 @@ double squared_sum(const void* data, Dtype dtype, std::size_t numel) {
     return total;
 }
 
-// Every lane takes words by FNV-1a, which maps the lane's values one to one: a word that differs alone is always noticed.
-std::uint64_t checksum(const void* data, std::size_t nbytes) {
-    constexpr std::size_t CHAINS = 64;
-    alignas(64) std::uint32_t chains[CHAINS];
-    for (std::uint32_t& chain : chains) chain = 0x811C9DC5u;
-    const char* bytes = static_cast<const char*>(data);
-    std::size_t at = 0;
-    for (; at + sizeof chains <= nbytes; at += sizeof chains) {
-        alignas(64) std::uint32_t words[CHAINS];
-        std::memcpy(words, bytes + at, sizeof words);
-        for (std::size_t i = 0; i < CHAINS; ++i) chains[i] = (chains[i] ^ words[i]) * 0x01000193u;
-    }
-    std::uint64_t total = 0xCBF29CE484222325u;
-    for (const std::uint32_t chain : chains) total = (total ^ chain) * 0x100000001B3u;
-    for (; at < nbytes; ++at) total = (total ^ static_cast<unsigned char>(bytes[at])) * 0x100000001B3u;
-    return total;
-}
-
 #include "random.inl"
 
 #include "packing.inl"
@@ -264,7 +246,7 @@ std::uint64_t checksum(const void* data, std::size_t nbytes) {
 }  // namespace
 
 extern const Kernels KERNELS_TABLE = {
-    KERNELS_STRING(KERNELS_NAME), adam_step, lion_step, adagrad_step, scaled_sum, squared_sum, checksum, uniform, normal,
+    KERNELS_STRING(KERNELS_NAME), adam_step, lion_step, adagrad_step, scaled_sum, squared_sum, uniform, normal,
     quantize, dequantize, split, merge,
 };
 

@@ -262,9 +262,6 @@ NB_MODULE(_core, module) {
     module.def("squared_sum", &squared_sum, unlocked, "data"_a, "dtype"_a, "numel"_a, "threads"_a);
     module.def("hash_blocks", &hash_blocks, unlocked, "data"_a, "nbytes"_a, "block"_a, "out"_a,
                "The XXH64 of each block of bytes, the last of which may be shorter.");
-    module.def("checksum", [](Address data, std::size_t nbytes) {
-        return active_kernels()->checksum(reinterpret_cast<const void*>(data), nbytes);
-    }, unlocked, "data"_a, "nbytes"_a);
     module.def("uniform", &uniform, unlocked, "words"_a, "next"_a, "out"_a, "dtype"_a, "numel"_a, "low"_a, "high"_a,
                "fused"_a);
     module.def("normal", &normal, unlocked, "words"_a, "next"_a, "out"_a, "dtype"_a, "numel"_a, "mean"_a, "deviation"_a);

@@ -46,3 +46,12 @@ def test_parts_have_the_hash_of_the_whole_and_any_change_another():
     assert parts.hexdigest() == hash_of(data)
     swapped = torch.cat([data[BLOCK : 2 * BLOCK], data[:BLOCK], data[2 * BLOCK :]])
     assert len({hash_of(data), hash_of(swapped), hash_of(data[:-1]), hash_of(data.roll(1))}) == 4
+
+
+def test_a_hash_notices_each_bit():
+    values = torch.randn(150, generator=torch.Generator().manual_seed(0))
+    seen = {hash_of(values)}
+    for index in range(150):
+        values[index : index + 1].view(torch.int32).bitwise_xor_(1 << index % 32)
+        seen.add(hash_of(values))
+    assert len(seen) == 151

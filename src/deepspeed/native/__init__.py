@@ -7,7 +7,7 @@ Kernels that run over flat CPU tensors in one pass of memory: ``kernels`` decide
 
 from __future__ import annotations
 
-from .kernels import adagrad_step, adam_step, available, checksum, lion_step, scaled_sum, squared_norm, status
+from .kernels import adagrad_step, adam_step, available, lion_step, scaled_sum, squared_norm, status
 from .reference import AdagradHyper, AdamHyper, LionHyper
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "adagrad_step",
     "adam_step",
     "available",
-    "checksum",
     "lion_step",
     "scaled_sum",
     "squared_norm",

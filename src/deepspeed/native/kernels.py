@@ -222,13 +222,3 @@ def squared_norm(tensor: Tensor) -> tuple[float, bool]:
     )
     # The square of any finite fp32 is finite in fp64, and so is the sum of as many as fit in memory.
     return total, total - total == 0.0
-
-
-def checksum(tensor: Tensor) -> int | None:
-    """64 bits of which some differ wherever ``tensor``, contiguous, differs from another of its size, but for a chance of
-    2^-64. None where the core does not run: without it, and for what is not on a CPU."""
-    core = _load()[0]
-    if core is None or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        return None
-    total: int = core.checksum(data=tensor.data_ptr(), nbytes=tensor.nbytes)
-    return total

@@ -32,7 +32,7 @@ from ..memory.layout import FlatLayout, ParameterSpec
 from ..memory.pages import prefer_huge_pages
 from ..memory.pool import BufferPool
 from ..memory.tiers import Chunk
-from ..native import checksum
+from ..native.hashing import hash_of
 from .parameters import FlatParameters, unchanged
 from .released import home_of
 from .tiers import IN_MEMORY, Tiers
@@ -194,12 +194,10 @@ class ModuleSharder:
             return True
         if values.nbytes < COMPARED_NBYTES or values.device.type != "cpu":
             return False
-        # As the bits of a signed number. A rank without the native core asks all others to take rank 0's values.
-        mine = checksum(values.contiguous())
-        sums = torch.empty(self._communicator.size, dtype=torch.int64)
-        sums[self._communicator.rank] = self._communicator.rank if mine is None else mine - (1 << 63)
-        self._communicator.all_gather(sums, purpose=f"comparison of {name}").wait()
-        return bool((sums == sums[0]).all())
+        hashes = torch.empty(self._communicator.size, dtype=torch.int64)
+        hashes[self._communicator.rank] = int(hash_of(values.contiguous()), 16) - (1 << 63)  # as a signed number
+        self._communicator.all_gather(hashes, purpose=f"comparison of {name}").wait()
+        return bool((hashes == hashes[0]).all())
 
     def _cut(self, values: Tensor, part: UnitPart) -> None:
         own, flat = part.flat.own_slice(part.bucket), values.reshape(-1)
