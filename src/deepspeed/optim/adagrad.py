@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .one_pass import OnePassOptimizer, new_state
+from .one_pass import OnePassOptimizer, Pass, new_state
 
 
 class Adagrad(OnePassOptimizer):
@@ -41,15 +41,7 @@ class Adagrad(OnePassOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        parameter: Tensor,
-        flat: Tensor,
-        gradient: Tensor,
-        gradient_scale: float,
-        out: Tensor | None,
-    ) -> None:
+    def _update(self, group: dict[str, Any], parameter: Tensor, values: Pass) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -61,6 +53,6 @@ class Adagrad(OnePassOptimizer):
             lr_decay=group["lr_decay"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            grad_scale=-gradient_scale if group["maximize"] else gradient_scale,
+            grad_scale=-values.gradient_scale if group["maximize"] else values.gradient_scale,
         )
-        native.adagrad_step(flat, gradient, state["sum"].view(-1), hyper=hyper, param_out=out)
+        native.adagrad_step(values.flat, values.gradient, state["sum"].view(-1), hyper=hyper, param_out=values.out)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .one_pass import OnePassOptimizer, new_state, update_flat
+from .one_pass import OnePassOptimizer, Pass, new_state, update_flat
 
 
 class Adam(OnePassOptimizer):
@@ -42,16 +42,8 @@ class Adam(OnePassOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        parameter: Tensor,
-        flat: Tensor,
-        gradient: Tensor,
-        gradient_scale: float,
-        out: Tensor | None,
-    ) -> None:
-        _step(self.state[parameter], group, parameter, flat, gradient, gradient_scale, out)
+    def _update(self, group: dict[str, Any], parameter: Tensor, values: Pass) -> None:
+        _step(self.state[parameter], group, parameter, values)
 
 
 class AdamW(Adam):
@@ -69,27 +61,12 @@ class AdamW(Adam):
         super().__init__(params, lr, betas, eps, weight_decay, bias_correction, adam_w_mode=True)
 
 
-def update_with_adam(
-    state: dict[str, Any],
-    group: dict[str, Any],
-    parameter: Tensor,
-    gradient: Tensor,
-    gradient_scale: float,
-    out: Tensor | None,
-) -> None:
+def update_with_adam(state: dict[str, Any], group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
     """One Adam step of ``parameter`` with the options in ``group``; ``state`` is filled at the first."""
-    update_flat(parameter, lambda flat: _step(state, group, parameter, flat, gradient.reshape(-1), gradient_scale, out))
+    update_flat(parameter, lambda flat: _step(state, group, parameter, Pass(flat, gradient.reshape(-1))))
 
 
-def _step(
-    state: dict[str, Any],
-    group: dict[str, Any],
-    parameter: Tensor,
-    flat: Tensor,
-    gradient: Tensor,
-    gradient_scale: float,
-    out: Tensor | None,
-) -> None:
+def _step(state: dict[str, Any], group: dict[str, Any], parameter: Tensor, values: Pass) -> None:
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32)
         state["exp_avg"] = new_state(parameter)
@@ -105,7 +82,7 @@ def _step(
         weight_decay=group["weight_decay"],
         decoupled=group["adam_w_mode"],
         bias_correction=group["bias_correction"],
-        grad_scale=gradient_scale,
+        grad_scale=values.gradient_scale,
     )
     moments = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-    native.adam_step(flat, gradient, *moments, hyper=hyper, param_out=out)
+    native.adam_step(values.flat, values.gradient, *moments, hyper=hyper, param_out=values.out)

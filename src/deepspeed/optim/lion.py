@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import native
-from .one_pass import OnePassOptimizer, new_state
+from .one_pass import OnePassOptimizer, Pass, new_state
 
 
 class Lion(OnePassOptimizer):
@@ -29,18 +29,10 @@ class Lion(OnePassOptimizer):
             )
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        parameter: Tensor,
-        flat: Tensor,
-        gradient: Tensor,
-        gradient_scale: float,
-        out: Tensor | None,
-    ) -> None:
+    def _update(self, group: dict[str, Any], parameter: Tensor, values: Pass) -> None:
         state = self.state[parameter]
         if not state:
             state["exp_avg"] = new_state(parameter)
         beta1, beta2 = group["betas"]
-        hyper = native.LionHyper(float(group["lr"]), beta1, beta2, group["weight_decay"], gradient_scale)
-        native.lion_step(flat, gradient, state["exp_avg"].view(-1), hyper=hyper, param_out=out)
+        hyper = native.LionHyper(float(group["lr"]), beta1, beta2, group["weight_decay"], values.gradient_scale)
+        native.lion_step(values.flat, values.gradient, state["exp_avg"].view(-1), hyper=hyper, param_out=values.out)

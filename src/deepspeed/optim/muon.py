@@ -112,7 +112,7 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 if not group["use_muon"]:
-                    update_with_adam(self.state[parameter], group, parameter, parameter.grad, 1.0, None)
+                    update_with_adam(self.state[parameter], group, parameter, parameter.grad)
                 else:
                     update = self._momentum_update(group, parameter, parameter.grad)
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass reads and writes: ``flat``, a parameter's memory, is updated from ``gradient`` times ``gradient_scale`` and
+    written to ``out`` too, where given. All are 1-D, contiguous and of one size."""
+
+    flat: Tensor
+    gradient: Tensor
+    gradient_scale: float = 1.0
+    out: Tensor | None = None
 
 
 class OnePassOptimizer(torch.optim.Optimizer):
@@ -36,7 +48,7 @@ class OnePassOptimizer(torch.optim.Optimizer):
         """Update ``shard``, one of the parameters, from ``gradient`` times ``gradient_scale``; write it to ``out``."""
         for group in self.param_groups:
             if any(parameter is shard for parameter in group["params"]):
-                self._update(group, shard, shard, gradient, gradient_scale, out)
+                self._update(group, shard, Pass(shard, gradient, gradient_scale, out))
                 return
         raise ValueError("step_shard() was given a tensor that is in none of the optimizer's parameter groups")
 
@@ -52,19 +64,10 @@ class OnePassOptimizer(torch.optim.Optimizer):
                     self.state[parameter][key] = value.to(parameter.device, copy=True)
 
     def _step_flat(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor, flat: Tensor) -> None:
-        self._update(group, parameter, flat, gradient, 1.0, None)
+        self._update(group, parameter, Pass(flat, gradient))
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        parameter: Tensor,
-        flat: Tensor,
-        gradient: Tensor,
-        gradient_scale: float,
-        out: Tensor | None,
-    ) -> None:
-        """Update ``flat``, the 1-D memory of ``parameter``, with the options in ``group``, from ``gradient`` (1-D) times
-        ``gradient_scale``, and write it to ``out`` too, where given."""
+    def _update(self, group: dict[str, Any], parameter: Tensor, values: Pass) -> None:
+        """Update ``values`` of ``parameter`` with the options in ``group``."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it updates a tensor")
 
 
