@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 
-from deepspeed.cli.nvme_bench import measure
+from deepspeed.cli.rates import disk_rates, multiplication_rate
 from deepspeed.config.offload import AioConfig
 from deepspeed.memory.files import queue_options
-from deepspeed.native.files import aligned_empty
 
 READ, WRITTEN = 24, 16
 """Bytes of a step for each parameter. Forward and backward read it; its gradient is written; the optimizer reads parameter,
@@ -43,21 +39,6 @@ class Limits:
 
 
 def measure_limits(folder: Path, aio: dict[str, Any], *, tokens: int, width: int) -> Limits:
-    """Measure the disk of ``folder`` with the section ``aio``, and products of the model's shape."""
-    memory = aligned_empty(256 << 20, torch.uint8).random_()
-    options = queue_options(AioConfig(**aio))
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
-        rates, _ = measure(file.name, memory, [options], rounds=2)
-    read, write = rates[options].medians
-    return Limits(read * 1e9, write * 1e9, multiplication_rate(tokens, width))
-
-
-def multiplication_rate(tokens: int, width: int, *, seconds: float = 0.5) -> float:
-    """Operations per second of the largest layer's product, (tokens, width) x (width, 4 * width)."""
-    inputs, weight = torch.randn(tokens, width), torch.randn(4 * width, width)
-    linear(inputs, weight)
-    begin, count = time.perf_counter(), 0
-    while time.perf_counter() - begin < seconds:
-        linear(inputs, weight)
-        count += 1
-    return count * 2 * tokens * width * 4 * width / (time.perf_counter() - begin)
+    """Measure the disk of ``folder`` with the section ``aio``, and the largest layer's product."""
+    read, write = disk_rates(folder, queue_options(AioConfig(**aio)))
+    return Limits(read, write, multiplication_rate(torch.float32, rows=tokens, width=width))
