@@ -86,15 +86,7 @@ def quantize(values: Tensor, codes: Tensor, scales: Tensor) -> None:
     if core is None:
         reference_quantize(values, codes, scales)
         return
-    _check(values, codes, scales)
-    core.quantize(
-        values=values.data_ptr(),
-        codes=codes.data_ptr(),
-        scales=scales.data_ptr(),
-        numel=values.numel(),
-        book=_book().data_ptr(),
-        threads=torch.get_num_threads(),
-    )
+    core.quantize(**_addresses(values, codes, scales))
 
 
 def dequantize(codes: Tensor, scales: Tensor, values: Tensor) -> None:
@@ -103,18 +95,11 @@ def dequantize(codes: Tensor, scales: Tensor, values: Tensor) -> None:
     if core is None:
         reference_dequantize(codes, scales, values)
         return
-    _check(values, codes, scales)
-    core.dequantize(
-        codes=codes.data_ptr(),
-        scales=scales.data_ptr(),
-        values=values.data_ptr(),
-        numel=values.numel(),
-        book=_book().data_ptr(),
-        threads=torch.get_num_threads(),
-    )
+    core.dequantize(**_addresses(values, codes, scales))
 
 
-def _check(values: Tensor, codes: Tensor, scales: Tensor) -> None:
+def _addresses(values: Tensor, codes: Tensor, scales: Tensor) -> dict[str, int]:
+    """What the core is given of tensors that fit each other. Raises ValueError where they do not."""
     fits = codes.numel() == values.numel() and scales.numel() == block_count(values.numel())
     dtypes = (values.dtype, codes.dtype, scales.dtype) == (torch.float32, torch.uint8, torch.float32)
     if not (fits and dtypes and all(t.is_contiguous() for t in (values, codes, scales))):
@@ -122,6 +107,14 @@ def _check(values: Tensor, codes: Tensor, scales: Tensor) -> None:
             f"{values.numel()} {values.dtype} values need as many contiguous uint8 codes and {block_count(values.numel())} "
             f"fp32 scales; got {codes.numel()} {codes.dtype} and {scales.numel()} {scales.dtype}"
         )
+    return {
+        "values": values.data_ptr(),
+        "codes": codes.data_ptr(),
+        "scales": scales.data_ptr(),
+        "numel": values.numel(),
+        "book": _book().data_ptr(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def reference_quantize(values: Tensor, codes: Tensor, scales: Tensor) -> None:
