@@ -48,9 +48,13 @@ class Contents:
     counters: dict[str, int] = field(default_factory=dict)
     client: dict[str, Any] = field(default_factory=dict)
 
+    def add_read(self, label: str, tensor: Tensor) -> None:
+        """A tensor that has been read."""
+        self.tensors[label] = lambda: tensor
+
     def add_whole(self, kind: str, name: str, tensor: Tensor, label: str) -> None:
         """A tensor that is stored whole."""
-        self.tensors[label] = lambda: tensor
+        self.add_read(label, tensor)
         self.parts[kind, name] = [Part(label, 0, tensor.numel())] if tensor.numel() else []
 
     def add_states(self, name: str, state: Mapping[str, Any], label: str) -> None:

@@ -171,7 +171,7 @@ def _add_parts_of(contents: Contents, kind: str, name: str, labelled: Iterable[t
     """A parameter in equal parts, one of each rank, the last ones padded."""
     left, parts = prod(contents.shapes[name]), []
     for label, tensor in labelled:
-        contents.tensors[label] = lambda tensor=tensor: tensor  # type: ignore[misc]
+        contents.add_read(label, tensor)
         parts.append(Part(label, 0, min(left, tensor.numel())))
         left -= parts[-1].numel
     contents.parts[kind, name] = [part for part in parts if part.numel]
@@ -209,7 +209,7 @@ def _cut(
     """Parameters of so many elements, end to end in ``partitions``, which are end to end."""
     labels = [f"{label}, partition {index}" for index in range(len(partitions))]
     for one, tensor in zip(labels, partitions, strict=True):
-        contents.tensors[one] = lambda tensor=tensor: tensor  # type: ignore[misc]
+        contents.add_read(one, tensor)
     index, at = 0, 0
     for name, numel in named:
         parts = []
