@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..comm.communicator import Communicator
 from .directory import Attempt, write_checkpoint
 from .reader import client_name, piece_name
 from .script import write_script
@@ -23,7 +22,7 @@ class Alone:
 
     rank, size = 0, 1
 
-    def gather_objects(self, value: Any, purpose: str = "") -> list[Any]:
+    def gather_objects(self, value: object, *, purpose: str = "") -> list[Any]:
         """What everyone gives."""
         return [value]
 
@@ -38,7 +37,7 @@ def convert(source: Source, directory: Path, tag: str) -> Path:
         index.pop(key, None)
     groups = [_flat(source, kind, name) for name in source.shapes for kind in sorted(source.kinds(name))]
     groups.append(Pieces({client_name(name): Piece(value) for name, value in client.items()}))
-    alone: Communicator = Alone()  # type: ignore[assignment]
+    alone = Alone()
     write_checkpoint(Attempt(directory, tag, alone.size), groups, index, alone)
     write_script(directory)
     return directory / tag

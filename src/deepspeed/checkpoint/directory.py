@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..comm import agreement
-from ..comm.communicator import Communicator
+from ..comm.agreement import Ranks
 from ..native.hashing import hash_of
 from .ownership import Claim, abandoned
 from .writer import Pieces, Written, write_pieces
@@ -96,7 +96,7 @@ class Attempt:
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-def write_checkpoint(attempt: Attempt, groups: Sequence[Pieces], index: Mapping[str, Any], communicator: Communicator) -> None:
+def write_checkpoint(attempt: Attempt, groups: Sequence[Pieces], index: Mapping[str, Any], communicator: Ranks) -> None:
     """Write the ``groups`` of every rank and rank 0's ``index``. Called on all ranks.
 
     Raises CheckpointError on every rank where one of them fails; nothing is left of the attempt then.
@@ -115,7 +115,7 @@ def write_checkpoint(attempt: Attempt, groups: Sequence[Pieces], index: Mapping[
         claim.release()
 
 
-def begin_on_all_ranks(attempt: Attempt, communicator: Communicator) -> Claim:
+def begin_on_all_ranks(attempt: Attempt, communicator: Ranks) -> Claim:
     """Have rank 0 begin. Called on all ranks. Raises CheckpointError for a tag that is not the name of a directory."""
 
     def begin() -> Claim:
@@ -180,7 +180,7 @@ def clear(directory: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def on_all_ranks(action: Callable[[], Result], what: str, communicator: Communicator) -> Result:
+def on_all_ranks(action: Callable[[], Result], what: str, communicator: Ranks) -> Result:
     """Run ``action``, which must not communicate, on every rank; where it fails on one, raise CheckpointError on all."""
 
     def checked() -> Result:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
-
-from .communicator import Communicator
+from typing import Any, Protocol, TypeVar
 
 Result = TypeVar("Result")
 
 
+class Ranks(Protocol):
+    """Who agrees: a communicator, or one program alone."""
+
+    rank: int
+    size: int
+
+    def gather_objects(self, value: object, *, purpose: str = "") -> list[Any]:
+        """Every rank's ``value``, in rank order."""
+
+
 def on_all_ranks(
-    action: Callable[[], Result], communicator: Communicator, *, what: str, error: type[Exception] = RuntimeError
+    action: Callable[[], Result], communicator: Ranks, *, what: str, error: type[Exception] = RuntimeError
 ) -> Result:
     """``action()`` on every rank; it must not communicate. Called on all ranks.
 
