@@ -23,7 +23,7 @@ DEEPSPEED_ENVIRONMENT_NAME = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
 MMAP_THRESHOLD_NBYTES = 65536
 
 # torch then aligns tensors from 2 MiB on to pages, which it asks the kernel to make large ones. Faults are fewer, and O_DIRECT
-# takes the memory without a copy: reading, stepping and writing states on a disk of 2 GB/s takes half the time.
+# takes the memory without a copy.
 _ALIGNED_TENSORS = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 # Variables of this machine that go to the other nodes: they set up Python and the communication libraries.
